@@ -1,0 +1,62 @@
+# `make serve` and `make test` are all that a fresh machine needs; they set up what they use.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A stamp for each set of packages, so that serving never waits for what only the tests need.
+$(VENV)/runtime: requirements.lock pyproject.toml | $(VENV)/created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/dev: requirements-dev.lock pyproject.toml | $(VENV)/created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@ $(VENV)/runtime
+
+serve: $(VENV)/runtime  ## Run the service (PORT=8000) on the embedded database, or on QUOTES_DATABASE_URL
+	$(BIN)/python -m app serve --port $(PORT)
+
+demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on PORT
+	$(BIN)/python -m app demo --url http://127.0.0.1:$(PORT)
+
+test: $(VENV)/dev  ## Run all tests, on every lane that this machine has
+	$(BIN)/python -m pytest $(TESTARGS)
+
+check: $(VENV)/dev  ## Lint, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev  ## Measure against psql and bare asyncpg, side by side in one run
+	$(BIN)/python -m benchmarks.first
+
+lock: | $(VENV)/created  ## Refresh both lock files
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-header pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
+
+dev-up:  ## Start TimescaleDB and the service in containers
+	docker compose up --build --detach --wait
+
+dev-down:  ## Stop them; the data stay
+	docker compose down
+
+test-up:  ## Start a throw-away TimescaleDB for TEST_DATABASE_URL
+	docker compose -f docker-compose.test.yml up --detach --wait
+
+clean:  ## Remove what was built and installed here; the data of `make serve` stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help serve demo test check bench lock dev-up dev-down test-up clean

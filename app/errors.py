@@ -1,0 +1,186 @@
+"""What can go wrong, as one tree; each class knows its HTTP status, code and title.
+
+    QuotesError
+    ├── InvalidRequest          400  the request itself is malformed
+    │   ├── InvalidPageToken    400
+    │   └── MalformedBody       400  not parseable at all
+    ├── InvalidQuotes           422  rows that break a rule, each named
+    ├── Conflict                409  on_conflict=error met stored keys
+    ├── BodyTooLarge            413
+    ├── BodyTimeout             408
+    ├── UnsupportedMediaType    415
+    ├── NotAcceptable           406
+    ├── Overloaded              503  the write queue is full
+    ├── DatabaseUnavailable     503  cannot reach or use the database
+    │   └── OutcomeUnknown      503  the connection broke while committing
+    ├── QueryTimeout            503  a statement ran over its time
+    ├── ServiceStopping         503
+    └── StartupError            -    the service cannot start (embedded database, migration)
+
+Invariant: a message never carries SQL, a URL with a password, or an echo of the client's values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One refused row: its zero-based `index` in the request, a JSON pointer, a stable code, a sentence."""
+
+    index: int
+    pointer: str
+    code: str
+    detail: str
+
+
+class QuotesError(Exception):
+    """Base of all errors that the service answers for."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    retry_after: float | None = None
+
+    def __init__(self, detail: str, *, pointer: str | None = None, parameter: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.pointer = pointer
+        self.parameter = parameter
+
+
+class InvalidRequest(QuotesError):
+    """A parameter, or a combination of parameters, has no meaning."""
+
+    status = 400
+    code = "invalid-request"
+    title = "Invalid request"
+
+
+class InvalidPageToken(InvalidRequest):
+    """A page token that this service did not issue for this query."""
+
+    code = "invalid-page-token"
+    title = "Invalid page token"
+
+
+class MalformedBody(InvalidRequest):
+    """A body that cannot be parsed, so that no row can be named."""
+
+    code = "malformed-body"
+    title = "Malformed body"
+
+
+class InvalidQuotes(QuotesError):
+    """Rows that break a rule; nothing of the request was stored.
+
+    `rejections` lists the first `len(rejections)` of `total` refused rows.
+    """
+
+    status = 422
+    code = "invalid-quotes"
+    title = "Quotes refused"
+
+    def __init__(self, rejections: Sequence[Rejection], received: int) -> None:
+        self.rejections = list(rejections)
+        self.received = received
+        super().__init__(f"{len(self.rejections)} of {received} quotes break a rule; nothing was stored.")
+
+
+class Conflict(QuotesError):
+    """`on_conflict=error` met quotes whose key is already stored; nothing of the request was stored."""
+
+    status = 409
+    code = "conflict"
+    title = "Quotes already stored"
+
+    def __init__(self, rejections: Sequence[Rejection], received: int) -> None:
+        self.rejections = list(rejections)
+        self.received = received
+        super().__init__(f"{len(self.rejections)} of {received} quotes are already stored; nothing was stored.")
+
+
+class BodyTooLarge(QuotesError):
+    """More bytes or rows than one request may carry."""
+
+    status = 413
+    code = "body-too-large"
+    title = "Request too large"
+
+
+class BodyTimeout(QuotesError):
+    """The client took too long to send its body."""
+
+    status = 408
+    code = "body-timeout"
+    title = "Request timed out"
+
+
+class UnsupportedMediaType(QuotesError):
+    """A content type or encoding that no codec reads."""
+
+    status = 415
+    code = "unsupported-media-type"
+    title = "Unsupported media type"
+
+
+class NotAcceptable(QuotesError):
+    """The client accepts none of the formats that this route writes."""
+
+    status = 406
+    code = "not-acceptable"
+    title = "Not acceptable"
+
+
+class Overloaded(QuotesError):
+    """The write queue is full; nothing of the request was stored."""
+
+    status = 503
+    code = "overloaded"
+    title = "Too many quotes are waiting"
+
+    def __init__(self, detail: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class DatabaseUnavailable(QuotesError):
+    """The database cannot be reached or refuses to work; a write of this request was not stored."""
+
+    status = 503
+    code = "database-unavailable"
+    title = "Database unavailable"
+    retry_after = 1.0
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The connection broke while a write was being committed; sending it again is harmless."""
+
+    code = "outcome-unknown"
+    title = "Outcome unknown"
+
+
+class QueryTimeout(QuotesError):
+    """A statement ran over `statement_timeout`; ask for a shorter range or fewer symbols."""
+
+    status = 503
+    code = "query-timeout"
+    title = "Query timed out"
+    retry_after = 1.0
+
+
+class ServiceStopping(QuotesError):
+    """The service is draining and takes no more quotes."""
+
+    status = 503
+    code = "service-stopping"
+    title = "Service is stopping"
+    retry_after = 1.0
+
+
+class StartupError(QuotesError):
+    """The service cannot start; the message says what to do."""
+
+    code = "startup-error"
+    title = "Cannot start"

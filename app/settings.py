@@ -1,0 +1,157 @@
+"""Every setting of the service, read from `QUOTES_*` variables and a `.env` file.
+
+Invariant: nothing else in the project reads the environment, and reading settings has no side effect.
+"""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|second|min|minute|h|hour|d|day|w|week|month|y|year)s?")
+_SECONDS = {
+    "ms": 0.001, "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
+    "d": 86400, "day": 86400, "w": 604800, "week": 604800, "month": 30 * 86400, "y": 365 * 86400, "year": 365 * 86400,
+}  # fmt: skip
+
+
+def _duration(value: object) -> object:
+    """Read `30 days`, `500 ms`, `2 years`; leave ISO 8601 and the rest to pydantic."""
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip().lower())):
+        return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
+    return value
+
+
+def _retention(value: object) -> object:
+    if isinstance(value, str) and value.strip().lower() in {"", "none"}:
+        return None
+    return _duration(value)
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+
+
+class Settings(BaseSettings):
+    """Settings of the service; each field is the variable `QUOTES_<FIELD IN CAPITALS>`.
+
+    Durations are written `30 days`, `2 years` (a year is 365 days), `1 hour`, or as ISO 8601 (`P30D`).
+
+    Raises:
+        pydantic.ValidationError: a value does not fit, or is contradicted by another one.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="QUOTES_", env_file=".env", extra="ignore", frozen=True)
+
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="`postgresql://user:password@host:port/name` of the store. Unset: an embedded PostgreSQL.",
+    )
+    data_dir: Path | None = Field(
+        default=None,
+        description="Directory of the embedded PostgreSQL. Unset: the user's data directory, "
+        "as root `/var/lib/opa-quotes`.",
+    )
+    require_timescaledb: Literal["community", "apache", "none"] | None = Field(
+        default=None,
+        description="Lowest capability level that counts as healthy. "
+        "Unset: `community` with a database URL, `none` on the embedded default.",
+    )
+    migrate_on_start: bool = Field(default=True, description="Bring the schema up to date when the service starts.")
+
+    host: str = Field(default="127.0.0.1", description="Address that `serve` listens on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port that `serve` listens on.")
+
+    pool_size: int = Field(
+        default=10,
+        ge=0,
+        description="Connections kept open. 0 opens one per operation, for a transaction pooler in front.",
+    )
+    pool_overflow: int = Field(default=20, ge=0, description="Connections opened above `pool_size` under load.")
+    pool_timeout: Duration = Field(default=timedelta(seconds=5), description="Longest wait for a connection.")
+    statement_timeout: Duration = Field(
+        default=timedelta(seconds=5), description="Longest run of one read before it is refused with 503."
+    )
+    write_timeout: Duration = Field(default=timedelta(seconds=30), description="Longest run of one write statement.")
+
+    retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
+        default=None,
+        validate_default=False,
+        description="Age after which raw quotes are dropped, or `none`. "
+        "Unset: `2 years` with a database URL, `none` on the embedded default.",
+    )
+    chunk_interval: Duration = Field(default=timedelta(days=1), description="Time span of one hypertable chunk.")
+    compress_after: Duration = Field(
+        default=timedelta(days=30), description="Age at which a chunk moves to the columnstore."
+    )
+
+    max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Largest request body in bytes.")
+    max_batch_rows: int = Field(default=100_000, ge=1, description="Most quotes in one request.")
+    max_batch_days: int = Field(
+        default=366, ge=1, description="Most distinct UTC days in one request; each is a chunk to lock."
+    )
+    max_symbols: int = Field(default=500, ge=1, description="Most symbols named in one read.")
+    body_timeout: Duration = Field(default=timedelta(seconds=30), description="Longest wait for a request body.")
+
+    writer_queue_rows: int = Field(
+        default=500_000, ge=1, description="Quotes waiting to be written before ingest answers 503."
+    )
+    writer_queue_bytes: int = Field(
+        default=256 * MIB, ge=1024, description="Bytes of quotes waiting before ingest answers 503."
+    )
+    writer_flush_rows: int = Field(default=50_000, ge=1, description="Most quotes in one transaction.")
+    writer_flushes: int = Field(default=2, ge=1, description="Transactions in flight at once.")
+    drain_timeout: Duration = Field(
+        default=timedelta(seconds=20), description="Longest wait for queued quotes when the service stops."
+    )
+
+    page_token_key: SecretStr = Field(
+        default=SecretStr("opa-quotes"),
+        description="Key that signs page tokens. Tokens carry a position, never a permission.",
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="Log lines for people, for machines, or by whether stderr is a terminal."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Lowest level logged.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _plain_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value().strip():
+            return None
+        parts = urlsplit(value.get_secret_value())
+        if parts.scheme not in {"postgresql", "postgres"}:
+            msg = f"must be a plain postgresql:// URL, not {parts.scheme or 'a bare name'}://"
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.retention is not None and self.retention < 4 * self.chunk_interval:
+            raise ValueError("retention must span at least four chunks (retention >= 4 x chunk_interval)")
+        if self.retention is not None and self.compress_after >= self.retention:
+            raise ValueError("compress_after must be shorter than retention")
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the service brings its own PostgreSQL."""
+        return self.database_url is None
+
+    @property
+    def required_level(self) -> Literal["community", "apache", "none"]:
+        """The lowest capability level that is healthy here."""
+        if self.require_timescaledb is not None:
+            return self.require_timescaledb
+        return "none" if self.embedded else "community"
+
+    @property
+    def effective_retention(self) -> timedelta | None:
+        """Retention with its default applied: two years on a given database, none on the embedded one."""
+        if "retention" in self.model_fields_set:
+            return self.retention
+        return None if self.embedded else timedelta(days=730)

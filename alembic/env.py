@@ -1,0 +1,93 @@
+"""Runs the migrations: one at a time across all instances, each in its own transaction, within timeouts.
+
+Invariant: whoever waits for the advisory lock finds the work done by whoever held it, so many instances may
+start together. A statement that cannot get its lock within seconds fails rather than queue up traffic.
+"""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection, pool, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app.db.capability import DETECT, REQUIRED, Capability
+from app.errors import StartupError
+from app.settings import Settings
+
+LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
+
+
+def _settings() -> Settings:
+    settings: Settings = context.config.attributes.get("settings") or Settings()
+    return settings
+
+
+def _url() -> str:
+    url: str | None = context.config.attributes.get("url")
+    if url is None:
+        configured = _settings().database_url
+        if configured is None:
+            raise SystemExit("Set QUOTES_DATABASE_URL, or run `opa-quotes migrate` for the embedded database.")
+        url = configured.get_secret_value()
+    return url
+
+
+def _ensure_timescaledb(connection: Connection) -> None:
+    """Create the extension where the server has it loaded and nobody has created it yet."""
+    # The loader's setting tells that it is loaded, to any role; without it the statement would end the session.
+    ready = connection.execute(
+        text(
+            "SELECT current_setting('timescaledb.max_background_workers', true) IS NOT NULL"
+            " AND EXISTS (SELECT FROM pg_available_extensions"
+            " WHERE name = 'timescaledb' AND installed_version IS NULL)"
+        )
+    ).scalar_one()
+    if ready:
+        connection.execute(text("CREATE EXTENSION IF NOT EXISTS timescaledb"))
+        connection.commit()
+
+
+def _run(connection: Connection) -> None:
+    # Session settings, so that they hold for each migration's transaction.
+    for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
+        connection.execute(text(f"SET {setting}"))
+    connection.commit()
+    connection.execute(text("SET lock_timeout = '120s'"))
+    connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
+    connection.execute(text("SET lock_timeout = '4s'"))
+    connection.commit()
+    try:
+        _ensure_timescaledb(connection)
+        capability = Capability.of(connection.execute(text(DETECT)).one())
+        connection.commit()
+        settings = _settings()
+        if capability.level < REQUIRED[settings.required_level]:
+            raise StartupError(
+                f"The server's capability level is {capability.level}, {settings.required_level} is required. Nothing"
+                " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
+            )
+        context.config.attributes.update(capability=capability, settings=settings)
+        context.configure(connection=connection, transaction_per_migration=True)
+        with context.begin_transaction():
+            context.run_migrations()
+    finally:
+        connection.rollback()
+        connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+        connection.commit()
+
+
+async def _main() -> None:
+    import asyncpg  # noqa: PLC0415  kept beside its only use
+
+    async def connect() -> object:
+        return await asyncpg.connect(_url(), timeout=10)
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=pool.NullPool)
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(_run)
+    finally:
+        await engine.dispose()
+
+
+asyncio.run(_main())

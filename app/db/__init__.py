@@ -1,0 +1,1 @@
+"""The database: connections, capability level, schema migrations and the embedded server."""

@@ -1,0 +1,63 @@
+"""What the connected server can do, detected once, from the server itself.
+
+Invariant: a level is what was observed, never what was hoped for; only migrations, maintenance and the
+choice between rollups and raw quotes branch on it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, Self
+
+
+class Level(IntEnum):
+    """Capability levels, each with all that the ones below have."""
+
+    POSTGRESQL = 0
+    APACHE = 1
+    COMMUNITY = 2
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+    @property
+    def lacks(self) -> str:
+        """What an operator does without at this level."""
+        return _LACKS[self]
+
+
+_LACKS: Final = {
+    Level.COMMUNITY: "",
+    Level.APACHE: "no columnstore, no continuous aggregates, no background policies: "
+    "bars are computed from raw quotes, and `maintain` does the retention",
+    Level.POSTGRESQL: "no hypertable, no columnstore, no continuous aggregates, no background policies: "
+    "bars are computed from raw quotes, and `maintain` does the retention",
+}
+
+#: The levels by their names in the setting `require_timescaledb`.
+REQUIRED: Final = {"community": Level.COMMUNITY, "apache": Level.APACHE, "none": Level.POSTGRESQL}
+#: One row: server version, TimescaleDB version or NULL, TimescaleDB licence or NULL.
+DETECT: Final = """
+SELECT current_setting('server_version') AS postgresql,
+       (SELECT extversion FROM pg_extension WHERE extname = 'timescaledb') AS timescaledb,
+       current_setting('timescaledb.license', true) AS license
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """The level of a server, with the versions that it was read from."""
+
+    level: Level
+    postgresql: str
+    timescaledb: str | None
+    license: str | None
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """Read the row that `DETECT` returns."""
+        postgresql, timescaledb, license_ = row[0], row[1], row[2]
+        if timescaledb is None:
+            return cls(Level.POSTGRESQL, postgresql, None, None)
+        level = Level.COMMUNITY if license_ == "timescale" else Level.APACHE
+        return cls(level, postgresql, timescaledb, license_)

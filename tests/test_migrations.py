@@ -1,0 +1,155 @@
+"""The schema: up, down, up again leaves nothing behind; many instances at once; model and tables agree."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.schema import CreateTable
+
+from app.db.capability import Capability, Level
+from app.db.engine import Database
+from app.db.migrate import downgrade, head, migrate
+from app.db.models import RealTimeQuote
+from app.errors import DatabaseUnavailable, StartupError
+from tests.conftest import Lane
+
+CATALOG = """
+SELECT 'relation', n.nspname || '.' || c.relname, c.relkind::text FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname IN ('quotes', 'public') AND c.relname <> 'alembic_version'
+  AND c.relname <> 'alembic_version_pkc'
+  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'e')
+UNION ALL SELECT 'schema', nspname, '' FROM pg_namespace WHERE nspname = 'quotes'
+UNION ALL SELECT 'function', p.oid::regprocedure::text, '' FROM pg_proc p
+JOIN pg_namespace n ON n.oid = p.pronamespace
+WHERE n.nspname = 'quotes' ORDER BY 1, 2
+"""
+TIMESCALE = """
+SELECT 'hypertable', table_name::text, '' FROM _timescaledb_catalog.hypertable
+UNION ALL SELECT 'job', application_name::text, '' FROM timescaledb_information.jobs WHERE job_id >= 1000
+UNION ALL SELECT 'aggregate', view_name::text, '' FROM timescaledb_information.continuous_aggregates
+UNION ALL SELECT 'columnstore', hypertable::text, '' FROM timescaledb_information.hypertable_columnstore_settings
+ORDER BY 1, 2
+"""
+
+
+async def catalog(url: str) -> list[tuple[Any, ...]]:
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch(CATALOG)
+        if await connection.fetchval("SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'"):
+            rows += await connection.fetch(TIMESCALE)
+    finally:
+        await connection.close()
+    return [tuple(row) for row in rows]
+
+
+async def test_up_down_up_leaves_nothing_behind(lane: Lane, empty_url: str) -> None:
+    settings = lane.make_settings()
+    before = await catalog(empty_url)
+    await migrate(empty_url, settings)
+    first = await catalog(empty_url)
+    assert {"quotes.real_time", "quotes.latest", "quotes.ohlc_1m", "quotes.daily_summary"} <= {row[1] for row in first}
+    await migrate(empty_url, settings)
+    assert await catalog(empty_url) == first, "a second upgrade changes nothing"
+    await downgrade(empty_url, settings)
+    assert [row for row in await catalog(empty_url) if row not in before] == []
+    await migrate(empty_url, settings)
+    assert _shape(await catalog(empty_url)) == _shape(first)
+
+
+def _shape(rows: list[tuple[Any, ...]]) -> set[tuple[str, ...]]:
+    """A catalog without the numbers that TimescaleDB counts up."""
+    return {tuple("".join(c for c in str(part) if not c.isdigit()) for part in row) for row in rows}
+
+
+async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
+    settings = lane.make_settings()
+    for revision in ("0001", "0002", "0003"):
+        await migrate(empty_url, settings, revision)
+    for revision in ("0002", "0001", "base"):
+        await downgrade(empty_url, settings, revision)
+    with pytest.raises(StartupError, match="nowhere"):
+        await migrate(empty_url, settings, "nowhere")
+
+
+@pytest.mark.copy_lane
+async def test_instances_may_start_together(lane: Lane, empty_url: str) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one session serves all clients in turn")
+    environment = {**os.environ, "QUOTES_DATABASE_URL": empty_url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
+    instances = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "app", "migrate", env=environment, stderr=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    await asyncio.gather(*(migrate(empty_url, lane.make_settings()) for _ in range(2)))
+    for instance in instances:
+        _, errors = await instance.communicate()
+        assert instance.returncode == 0, errors.decode()
+    connection = await asyncpg.connect(empty_url)
+    assert await connection.fetchval("SELECT version_num FROM alembic_version") == head()
+    await connection.close()
+
+
+async def test_a_required_level_is_never_silently_reduced(lane: Lane, empty_url: str) -> None:
+    connection = await asyncpg.connect(empty_url)
+    offered = await connection.fetchval("SELECT count(*) FROM pg_available_extensions WHERE name = 'timescaledb'")
+    await connection.close()
+    if offered:
+        await migrate(empty_url, lane.make_settings(require_timescaledb="community"))
+        return
+    with pytest.raises(StartupError, match="postgresql, community is required"):
+        await migrate(empty_url, lane.make_settings(require_timescaledb="community"))
+    assert await catalog(empty_url) == []
+
+
+async def test_the_model_has_the_columns_of_the_table(database: Database) -> None:
+    async with database.acquire() as connection:
+        rows = await connection.fetch(
+            "SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), a.attnotnull, c.collname::text"
+            " FROM pg_attribute a LEFT JOIN pg_collation c ON c.oid = a.attcollation"
+            " WHERE a.attrelid = 'quotes.real_time'::regclass AND a.attnum > 0 AND NOT a.attisdropped"
+            " ORDER BY a.attnum"
+        )
+        indexes = await connection.fetch(
+            "SELECT indexdef FROM pg_indexes WHERE schemaname = 'quotes' AND tablename = 'real_time' ORDER BY 1"
+        )
+    ddl = str(CreateTable(RealTimeQuote.metadata.tables["quotes.real_time"]).compile(dialect=PGDialect()))  # type: ignore[no-untyped-call]
+    names = {"timestamp with time zone": "TIMESTAMP WITH TIME ZONE", "text": "TEXT", "bigint": "BIGINT",
+             "numeric(20,8)": "NUMERIC(20, 8)"}  # fmt: skip
+    for name, kind, not_null, collation in rows:
+        line = next(part.strip() for part in ddl.splitlines() if part.strip().startswith(f"{name} "))
+        assert names[kind] in line
+        assert ("NOT NULL" in line) == not_null
+        assert ('COLLATE "C"' in line) == (collation == "C")
+    assert "PRIMARY KEY (symbol, timestamp)" in ddl
+    definitions = [row[0] for row in indexes]
+    assert any("idx_timestamp_desc" in text and '("timestamp" DESC)' in text for text in definitions)
+    assert len(definitions) == 2
+
+
+async def test_the_lane_is_at_its_level(lane: Lane, database: Database) -> None:
+    if lane.name == "external":
+        assert database.capability.level in Level
+    else:
+        expected = {"postgresql": Level.POSTGRESQL, "timescaledb": Level.COMMUNITY}
+        assert database.capability.level == expected[lane.name]
+    assert database.capability.level.lacks == "" or database.capability.level < Level.COMMUNITY
+
+
+async def test_an_unreachable_server_is_told(lane: Lane) -> None:
+    with pytest.raises(DatabaseUnavailable):
+        await migrate("postgresql://nobody@127.0.0.1:1/none", lane.make_settings())
+
+
+def test_capability_levels() -> None:
+    assert Capability.of(("18.6", None, None)).level == Level.POSTGRESQL
+    assert Capability.of(("18.6", "2.29.2", "apache")).level == Level.APACHE
+    assert Capability.of(("18.6", "2.29.2", "timescale")).level == Level.COMMUNITY
+    assert str(Level.APACHE) == "apache"

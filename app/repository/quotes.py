@@ -1,0 +1,736 @@
+"""The store's repository: every statement about quotes and bars.
+
+Invariant: what `write` returned a receipt for is committed, and `quotes.latest` agrees with `quotes.real_time`
+in every snapshot, because both change in one transaction. A read never takes more locks than the chunks of its
+time range, because every statement carries that range as constants.
+
+As a library, without HTTP:
+
+    async with QuoteRepository.open("postgresql://localhost/quotes") as quotes:
+        await quotes.bulk_insert([{"symbol": "AAPL", "timestamp": now, "price": Decimal("189.98")}])
+        newest = await quotes.get_latest_quote("AAPL")
+        day = await quotes.get_intraday_quotes("AAPL", date(2026, 11, 20), tz="America/New_York")
+        bars = await quotes.get_bars(["AAPL"], "5m", start, end)
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any, Final, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import asyncpg
+import pyarrow as pa
+import pyarrow.compute as pc
+from pgpq import ArrowToPostgresBinaryEncoder
+
+from app.db.capability import Level
+from app.db.engine import Connection, Database, connection_lost
+from app.db.models import RealTimeQuote
+from app.errors import Conflict, InvalidRequest, OutcomeUnknown, QuotesError, Rejection
+from app.model import (
+    SCHEMA,
+    Batch,
+    Interval,
+    Limits,
+    OnConflict,
+    OnError,
+    Receipt,
+    normal_symbol,
+    rfc3339,
+)
+from app.repository import rollups
+from app.settings import Settings
+
+Sort = Literal["asc", "desc"]
+BarPrice = Literal["last", "bid", "ask", "mid"]
+
+_TICK: Final = timedelta(microseconds=1)
+_ATTEMPTS: Final = 3
+_LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
+_VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
+_COLUMNS: Final = ", ".join(SCHEMA.names)
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+_FROM_ARRAYS: Final = f"""
+INSERT INTO quotes.real_time AS stored ({_COLUMNS})
+SELECT symbol, timestamp, price::numeric, bid::numeric, ask::numeric, bid_size, ask_size, volume, source
+FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[],
+            $6::bigint[], $7::bigint[], $8::bigint[], $9::text[]) AS new ({_COLUMNS})
+ON CONFLICT (symbol, timestamp) DO
+"""
+_MERGE: Final = f"""
+WITH written AS (
+    {_FROM_ARRAYS} UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _VALUES)}
+    WHERE ({", ".join(f"stored.{c}" for c in _VALUES)}) IS DISTINCT FROM ({", ".join(f"excluded.{c}" for c in _VALUES)})
+    RETURNING xmax = 0 AS inserted)
+SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
+"""
+_ADD: Final = f"{_FROM_ARRAYS} NOTHING RETURNING symbol, timestamp"
+
+# The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
+# that writers who touch the same symbols queue up instead of deadlocking.
+_LATEST: Final = f"""
+INSERT INTO quotes.latest AS held (symbol, first_timestamp, timestamp, {", ".join(_VALUES)})
+SELECT row.symbol, ends.first, row.timestamp, {", ".join(f"row.{c}" for c in _VALUES)}
+FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS ends (symbol, first, last)
+JOIN quotes.real_time row ON row.symbol = ends.symbol AND row.timestamp = ends.last
+WHERE row.timestamp >= $4 AND row.timestamp <= $5
+ORDER BY row.symbol
+ON CONFLICT (symbol) DO UPDATE
+SET first_timestamp = least(held.first_timestamp, excluded.first_timestamp),
+    timestamp = greatest(held.timestamp, excluded.timestamp),
+    {
+    ", ".join(
+        f"{c} = CASE WHEN excluded.timestamp >= held.timestamp THEN excluded.{c} ELSE held.{c} END" for c in _VALUES
+    )
+}
+WHERE excluded.timestamp >= held.timestamp OR excluded.first_timestamp < held.first_timestamp
+"""
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def _instant(column: str) -> str:
+    """JSON text of a timestamp in UTC with a Z; `to_json` of a plain timestamp is the fastest ISO 8601 there is."""
+    return f"""rtrim(to_json({column} AT TIME ZONE 'UTC')::text, '"') || 'Z"'"""
+
+
+def _number(column: str) -> str:
+    return f"coalesce(trim_scale({column})::text, 'null')"
+
+
+def _json(**members: str) -> str:
+    """A concatenation that builds a JSON object: 0.8 ms for 600 quotes where json_build_object takes 1.4 ms."""
+    parts = [f"""'{"{" if i == 0 else ","}"{name}":' || {value}""" for i, (name, value) in enumerate(members.items())]
+    return " || ".join([*parts, "'}'"])
+
+
+# Symbols need no escaping: their alphabet has no character that JSON escapes.
+_SYMBOL_JSON: Final = """'"' || symbol || '"'"""
+_QUOTE_JSON: Final = _json(
+    symbol=_SYMBOL_JSON,
+    timestamp=_instant("timestamp"),
+    price=_number("price"),
+    bid=_number("bid"),
+    ask=_number("ask"),
+    bid_size="coalesce(bid_size::text, 'null')",
+    ask_size="coalesce(ask_size::text, 'null')",
+    volume="coalesce(volume::text, 'null')",
+    source="coalesce(to_json(source)::text, 'null')",
+)
+_BAR_MEMBERS: Final = {
+    "symbol": _SYMBOL_JSON,
+    "timestamp": _instant("timestamp"),
+    "open": _number("open"),
+    "high": _number("high"),
+    "low": _number("low"),
+    "close": _number("close"),
+    "volume": _number("volume"),
+    "vwap": _number("round(turnover / nullif(volume, 0), 8)"),
+    "count": "count::text",
+}
+_BAR_JSON: Final = _json(**_BAR_MEMBERS, final="final::text")
+_SUMMARY_JSON: Final = _json(
+    **_BAR_MEMBERS,
+    range=_number("high - low"),
+    change=_number("close - open"),
+    change_percent=_number("round(100 * (close - open) / open, 4)"),
+    final="final::text",
+)
+_SYMBOLS_JSON: Final = _json(symbol=_SYMBOL_JSON, first=_instant("first_timestamp"), last=_instant("timestamp"))
+_BAR_COLUMNS: Final = "open, high, low, close, volume, turnover, count"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a page ended: the key of its last row, and under `limit_per_symbol` how many of its symbol were given."""
+
+    symbol: str
+    timestamp: datetime
+    given: int
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A range of quotes or bars: `start` inclusive, `end` exclusive, both aware; rows by symbol, then by time."""
+
+    symbols: Sequence[str]
+    start: datetime
+    end: datetime
+    limit: int = 1000
+    sort: Sort = "asc"
+    limit_per_symbol: int | None = None
+    after: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows as the text of JSON objects joined by commas, and the position of the last one if more follow."""
+
+    rows: str
+    count: int
+    next: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One OHLC bar. `timestamp` is its start in UTC; `final` says that its end has passed."""
+
+    symbol: str
+    timestamp: datetime
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal | None
+    vwap: Decimal | None
+    count: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolSpan:
+    """A stored symbol with the times of its oldest and newest quote."""
+
+    symbol: str
+    first: datetime
+    last: datetime
+
+
+@dataclass(slots=True)
+class Write:
+    """One request to write: a batch, and what to do with keys that are stored already."""
+
+    batch: Batch
+    on_conflict: OnConflict = "update"
+    on_error: OnError = "abort"
+    pointer: str = ""
+
+
+@dataclass(slots=True)
+class _Arguments:
+    """Collects the arguments of a statement and hands out their placeholders."""
+
+    values: list[Any] = field(default_factory=list)
+
+    def __call__(self, value: object) -> str:
+        self.values.append(value)
+        return f"${len(self.values)}"
+
+
+class QuoteRepository:
+    """Reads and writes quotes over the pools of a `Database`."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str, settings: Settings | None = None) -> AsyncIterator[Self]:
+        """A repository on the migrated database at `url`, with pools of its own.
+
+        Raises:
+            DatabaseUnavailable: the server cannot be reached.
+        """
+        settings = settings or Settings()
+        database = Database(url, settings)
+        try:
+            await database.connect()
+            yield cls(database, settings)
+        finally:
+            await database.close()
+
+    # --- writing ---
+
+    async def bulk_insert(
+        self,
+        quotes: Sequence[Mapping[str, Any]],
+        *,
+        on_conflict: OnConflict = "update",
+        on_error: OnError = "abort",
+    ) -> Receipt:
+        """Check and store quotes (mappings with the fields of `Quote`); committed when this returns.
+
+        Raises:
+            InvalidQuotes: a row breaks a rule and `on_error` is `abort`.
+            Conflict: a key is stored, `on_conflict` is `error` and `on_error` is `abort`.
+            InvalidRequest: no rows, or too many distinct days.
+            BodyTooLarge: too many rows.
+            DatabaseUnavailable: nothing was stored.
+            OutcomeUnknown: the connection broke while committing.
+        """
+        batch = Batch.from_rows(quotes, self.limits(), on_error=on_error, on_conflict=on_conflict)
+        (result,) = await self.write([Write(batch, on_conflict, on_error)])
+        if isinstance(result, QuotesError):
+            raise result
+        return result
+
+    def limits(self) -> Limits:
+        """What one batch may carry now, by the settings."""
+        return Limits.at(
+            datetime.now(UTC),
+            retention=self._settings.effective_retention,
+            chunk=self._settings.chunk_interval,
+            max_rows=self._settings.max_batch_rows,
+            max_days=self._settings.max_batch_days,
+        )
+
+    async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        """Store several requests in one transaction; the result of each, in order.
+
+        A request that cannot be stored gets its error and harms no other one.
+
+        Raises:
+            DatabaseUnavailable: nothing of any request was stored.
+            OutcomeUnknown: the connection broke while committing.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            async with self._database.acquire() as connection:
+                try:
+                    return await self._write(connection, writes)
+                except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+                    # Rolled back as a whole, so it can simply be done again.
+                    if attempt == _ATTEMPTS:
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _write(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        # One message: three round trips less a flush.
+        await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
+        try:
+            results = await self._copy(connection, writes)
+            if results is None:
+                results = [await self._merge(connection, write) for write in writes]
+            stored = [w.batch.rows for w, r in zip(writes, results, strict=True) if isinstance(r, Receipt)]
+            await self._update_latest(connection, stored)
+        except BaseException:
+            if not connection.is_closed():
+                await connection.execute("ROLLBACK")
+            raise
+        try:
+            await connection.execute("COMMIT")
+        except Exception as error:
+            if connection_lost(error):
+                raise OutcomeUnknown(
+                    "The connection broke while committing; sending the same quotes again is harmless."
+                ) from error
+            raise
+        return results
+
+    async def _copy(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError] | None:
+        """All rows at once, for the usual case that all are new; None if some key is stored or repeated."""
+        rows = [w.batch.rows for w in writes if len(w.batch)]
+        if not rows:
+            return [Receipt.of(w.batch, inserted=0, updated=0, unchanged=0) for w in writes]
+        try:
+            await connection.copy_to_table(
+                "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
+            )
+        except asyncpg.UniqueViolationError:
+            await connection.execute("ROLLBACK TO SAVEPOINT fresh")
+            return None
+        return [Receipt.of(w.batch, inserted=len(w.batch), updated=0, unchanged=0) for w in writes]
+
+    async def _merge(self, connection: Connection, write: Write) -> Receipt | QuotesError:
+        """One request row by row against what is stored, in a savepoint of its own."""
+        batch = write.batch
+        arrays = [
+            (column.cast(pa.string()) if pa.types.is_decimal(column.type) else column).to_pylist()
+            for column in batch.rows.columns
+        ]
+        await connection.execute("SAVEPOINT request")
+        if write.on_conflict == "update":
+            inserted, updated = await connection.fetchrow(_MERGE, *arrays) or (0, 0)
+            return Receipt.of(batch, inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
+        added = {(row[0], row[1]) for row in await connection.fetch(_ADD, *arrays)}
+        missed = len(batch) - len(added)
+        if write.on_conflict == "ignore" or not missed:
+            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=missed)
+        keys = zip(arrays[0], arrays[1], batch.index.to_pylist(), strict=True)
+        conflicts = sorted(index for symbol, timestamp, index in keys if (symbol, timestamp) not in added)
+        rejections = [
+            Rejection(i, f"{write.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
+            for i in conflicts
+        ]
+        if write.on_error == "skip":
+            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=0, conflicts=rejections)
+        await connection.execute("ROLLBACK TO SAVEPOINT request")
+        return Conflict(rejections, batch.received)
+
+    async def _update_latest(self, connection: Connection, stored: Sequence[pa.RecordBatch]) -> None:
+        """Bring `quotes.latest` up to what was just stored."""
+        keys = pa.Table.from_batches([rows.select(["symbol", "timestamp"]) for rows in stored], schema=_KEYS)
+        if not len(keys):
+            return
+        ends = keys.group_by("symbol").aggregate([("timestamp", "min"), ("timestamp", "max")]).sort_by("symbol")
+        last = ends.column("timestamp_max")
+        bounds = pc.min_max(last).as_py()
+        await connection.execute(
+            _LATEST,
+            ends.column("symbol").to_pylist(),
+            ends.column("timestamp_min").to_pylist(),
+            last.to_pylist(),
+            bounds["min"],
+            bounds["max"],
+        )
+
+    # --- reading: objects ---
+
+    async def get_quotes(
+        self,
+        symbols: str | Sequence[str],
+        start: datetime,
+        end: datetime,
+        *,
+        limit: int = 1000,
+        sort: Sort = "asc",
+    ) -> list[RealTimeQuote]:
+        """Up to `limit` quotes with `start <= timestamp < end` (aware), by symbol, then by time.
+
+        Raises:
+            InvalidRequest: a symbol cannot exist, a time is naive, or the range is reversed.
+            QueryTimeout: the statement ran over its time.
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        wanted = _range(symbols, start, end, limit, sort)
+        argument = _Arguments()
+        rows = await self._fetch(f"SELECT {_COLUMNS} FROM ({_quotes(wanted, argument)}) quotes", argument)
+        return [RealTimeQuote(**row) for row in rows[:limit]]
+
+    async def get_latest_quote(self, symbol: str) -> RealTimeQuote | None:
+        """The newest quote of a symbol, None if it has none.
+
+        Raises:
+            InvalidRequest: the symbol cannot exist.
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        argument = _Arguments([normal_symbol(symbol)])
+        rows = await self._fetch(f"SELECT {_COLUMNS} FROM quotes.latest WHERE symbol = $1", argument)
+        return RealTimeQuote(**rows[0]) if rows else None
+
+    async def get_intraday_quotes(
+        self, symbol: str, day: date, *, tz: str = "UTC", limit: int = 1_000_000
+    ) -> list[RealTimeQuote]:
+        """The quotes of one calendar day of the time zone, by time; 23 or 25 hours when its clocks change.
+
+        Raises:
+            InvalidRequest: the symbol cannot exist, or the zone is unknown.
+            QueryTimeout: the statement ran over its time.
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        start, end = day_bounds(day, tz)
+        return await self.get_quotes(symbol, start, end, limit=limit)
+
+    async def get_symbols(self) -> list[SymbolSpan]:
+        """All stored symbols in byte order, at a cost independent of how many quotes they have.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        rows = await self._fetch(
+            "SELECT symbol, first_timestamp, timestamp FROM quotes.latest ORDER BY symbol", _Arguments()
+        )
+        return [SymbolSpan(*row) for row in rows]
+
+    async def count_quotes(
+        self,
+        symbols: str | Sequence[str] | None = None,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        *,
+        estimate: bool = False,
+    ) -> int:
+        """How many quotes are stored: counted, or with `estimate` the planner's guess at no cost.
+
+        Raises:
+            InvalidRequest: a symbol cannot exist, or a time is naive.
+            QueryTimeout: the statement ran over its time.
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        argument = _Arguments()
+        conditions = ["true"]
+        if symbols is not None:
+            conditions.append(f"symbol = ANY({argument(_symbols(symbols))}::text[])")
+        for bound, operator in ((start, ">="), (end, "<")):
+            if bound is not None:
+                conditions.append(f"timestamp {operator} {argument(_aware(bound))}::timestamptz")
+        where = " AND ".join(conditions)
+        if estimate:
+            plan = await self._fetch(f"EXPLAIN (FORMAT JSON) SELECT FROM quotes.real_time WHERE {where}", argument)
+            return int(plan[0][0][0]["Plan"]["Plan Rows"])
+        rows = await self._fetch(f"SELECT count(*) FROM quotes.real_time WHERE {where}", argument)
+        return int(rows[0][0])
+
+    async def get_bars(
+        self,
+        symbols: str | Sequence[str],
+        interval: str | Interval,
+        start: datetime,
+        end: datetime,
+        *,
+        price: BarPrice = "last",
+        limit: int = 1000,
+        sort: Sort = "asc",
+    ) -> list[Bar]:
+        """Up to `limit` bars that start in [`start`, `end`), by symbol, then by time.
+
+        `price` says what the bars are of; `vwap` is sum(price x volume) / sum(volume), None without volume.
+
+        Raises:
+            InvalidRequest: a symbol or the interval has no meaning, a time is naive, or the range is reversed.
+            QueryTimeout: the statement ran over its time.
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        width = Interval.parse(interval) if isinstance(interval, str) else interval
+        wanted = _range(symbols, start, end, limit, sort)
+        async with self._database.acquire() as connection:
+            argument = _Arguments()
+            bars = await self._bars(connection, wanted, width, price, argument)
+            rows = await connection.fetch(
+                "SELECT symbol, timestamp, open, high, low, close, volume,"
+                f" round(turnover / nullif(volume, 0), 8), count, final FROM ({bars}) bars",
+                *argument.values,
+            )
+        return [Bar(*row) for row in rows[:limit]]
+
+    # --- reading: pages of JSON text ---
+
+    async def quotes_page(self, wanted: Range) -> Page:
+        """A page of quotes; errors as in `get_quotes`."""
+        argument = _Arguments()
+        async with self._database.acquire() as connection:
+            return await _page(connection, _quotes(wanted, argument), _QUOTE_JSON, wanted, argument)
+
+    async def bars_page(self, wanted: Range, interval: Interval, price: BarPrice = "last") -> Page:
+        """A page of bars; errors as in `get_bars`."""
+        return await self._bars_page(wanted, interval, price, _BAR_JSON)
+
+    async def summary_page(self, wanted: Range) -> Page:
+        """A page of daily summaries in UTC days; errors as in `get_bars`."""
+        return await self._bars_page(wanted, Interval(1, "d"), "last", _SUMMARY_JSON)
+
+    async def _bars_page(self, wanted: Range, interval: Interval, price: BarPrice, row: str) -> Page:
+        argument = _Arguments()
+        async with self._database.acquire() as connection:
+            bars = await self._bars(connection, wanted, interval, price, argument)
+            return await _page(connection, bars, row, wanted, argument)
+
+    async def latest_rows(self, symbols: Sequence[str] | None) -> tuple[str, list[str]]:
+        """The newest quotes as joined JSON text, and the named symbols that have none.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        argument = _Arguments()
+        where = "" if symbols is None else f"WHERE symbol = ANY({argument(list(symbols))}::text[])"
+        rows = await self._fetch(
+            f"SELECT coalesce(string_agg({_QUOTE_JSON}, ','), ''), coalesce(array_agg(symbol), '{{}}')"
+            f" FROM (SELECT {_COLUMNS} FROM quotes.latest {where} ORDER BY symbol) held",
+            argument,
+        )
+        found = set(rows[0][1])
+        return rows[0][0], [symbol for symbol in symbols or () if symbol not in found]
+
+    async def symbols_page(self, limit: int, after: str | None) -> tuple[str, str | None]:
+        """Symbols with first and last time as joined JSON text; the last symbol if more follow.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        rows = await self._fetch(
+            f"SELECT coalesce(string_agg({_SYMBOLS_JSON}, ',') FILTER (WHERE n <= $2), ''),"
+            " max(symbol) FILTER (WHERE n = $2), count(*)"
+            " FROM (SELECT symbol, first_timestamp, timestamp, row_number() OVER (ORDER BY symbol) AS n"
+            " FROM quotes.latest WHERE $1::text IS NULL OR symbol > $1 ORDER BY symbol LIMIT $2 + 1) held",
+            _Arguments([after, limit]),
+        )
+        text, last, count = rows[0]
+        return text, last if count > limit else None
+
+    async def _bars(
+        self, connection: Connection, wanted: Range, interval: Interval, price: BarPrice, argument: _Arguments
+    ) -> str:
+        """The statement for bars, read from the coarsest rollups that give them exactly."""
+        width, months = argument(timedelta(seconds=interval.seconds)), argument(interval.months)
+        step = f"({width}::interval + make_interval(months => {months}::int))"
+        value = {"last": "price", "bid": "bid", "ask": "ask", "mid": "round((bid + ask) / 2, 8)"}[price]
+        raw = (
+            f"timestamp, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,"
+            f" {value} * volume AS turnover, 1 AS count"
+        )
+        parts = []
+        for part in await self._stretches(connection, wanted, interval, price):
+            is_raw = part.source == rollups.RAW
+            parts.append(f"""
+                SELECT {raw if is_raw else f"timestamp, {_BAR_COLUMNS}"} FROM quotes.{part.source}
+                WHERE symbol = span.symbol AND timestamp >= span.start AND timestamp < span.stop + {step}
+                  AND timestamp >= {argument(part.start)}::timestamptz AND timestamp < {argument(part.end)}::timestamptz
+                  {f"AND {value} IS NOT NULL" if is_raw else ""}""")
+        # One ordered array gives both ends of a bar; the key's order makes its sort a no-op.
+        inner = f"""
+            SELECT bucket AS timestamp, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
+                   volume, turnover, count, bucket + {step} <= now() AS final
+            FROM (SELECT {_bucket(interval, width, months)} AS bucket, array_agg(open ORDER BY timestamp) AS opens,
+                         max(high) AS high, min(low) AS low, array_agg(close ORDER BY timestamp) AS closes,
+                         sum(volume) AS volume, sum(turnover) AS turnover, sum(count)::bigint AS count
+                  FROM ({" UNION ALL ".join(parts)}) source
+                  GROUP BY bucket) grouped
+            WHERE bucket >= span.start AND bucket < span.stop"""
+        return _per_symbol(wanted, inner, f"{_BAR_COLUMNS}, final", argument)
+
+    async def _stretches(
+        self, connection: Connection, wanted: Range, interval: Interval, price: BarPrice
+    ) -> list[rollups.Stretch]:
+        """What to read where. Without rollups the views of their names would compute all bars of a symbol."""
+        end = min(wanted.end, _LATEST_END) + interval.width
+        if self._database.capability.level < Level.COMMUNITY or price != "last" or interval.source == rollups.RAW:
+            return [rollups.Stretch(rollups.RAW, wanted.start, end)]
+        retention = self._settings.effective_retention
+        floor = None if retention is None else datetime.now(UTC) - retention + self._settings.chunk_interval
+        return await rollups.stretches(connection, interval.source, wanted.start, end, floor)
+
+    async def _fetch(self, statement: str, argument: _Arguments) -> list[Any]:
+        async with self._database.acquire() as connection:
+            return await connection.fetch(statement, *argument.values)
+
+
+_KEYS: Final = pa.schema([SCHEMA.field("symbol"), SCHEMA.field("timestamp")])
+
+
+async def _encode(rows: Sequence[pa.RecordBatch]) -> AsyncIterator[bytes]:
+    """PostgreSQL's binary COPY format of the rows, by key: concurrent flushes then lock keys in one order."""
+    encoder = ArrowToPostgresBinaryEncoder(SCHEMA)
+    yield encoder.write_header()
+    if len(rows) == 1:
+        yield encoder.write_batch(rows[0])
+    else:
+        table = pa.Table.from_batches(rows).sort_by([("symbol", "ascending"), ("timestamp", "ascending")])
+        for batch in table.combine_chunks().to_batches():
+            yield encoder.write_batch(batch)
+    yield encoder.finish()
+
+
+async def _page(connection: Connection, relation: str, row: str, wanted: Range, argument: _Arguments) -> Page:
+    """A page of a relation of rows, each as the text of a JSON object."""
+    # The position is read from the last row's own text: a window function for it doubled the query's time.
+    rows: list[str] = await connection.fetchval(
+        f"SELECT coalesce(array_agg({row}), '{{}}') FROM ({relation}) found", *argument.values
+    )
+    if len(rows) <= wanted.limit:
+        return Page(",".join(rows), len(rows), None)
+    del rows[wanted.limit :]
+    last = json.loads(rows[-1])
+    symbol, timestamp = last["symbol"], datetime.fromisoformat(last["timestamp"])
+    of_symbol = 0
+    if wanted.limit_per_symbol is not None:
+        opening = f'{{"symbol":"{symbol}",'
+        of_symbol = sum(text.startswith(opening) for text in rows)
+        if wanted.after is not None and wanted.after.symbol == symbol:
+            of_symbol += wanted.after.given
+    return Page(",".join(rows), len(rows), Position(symbol, timestamp, of_symbol))
+
+
+def _quotes(wanted: Range, argument: _Arguments) -> str:
+    """The statement for a range of quotes."""
+    start, end = argument(wanted.start), argument(wanted.end)
+    inner = f"""
+        SELECT {", ".join(SCHEMA.names[1:])} FROM quotes.real_time
+        WHERE symbol = span.symbol AND timestamp >= span.start AND timestamp < span.stop
+          AND timestamp >= {start} AND timestamp < {end}"""
+    return _per_symbol(wanted, inner, ", ".join(_VALUES), argument)
+
+
+def _bucket(interval: Interval, width: str, months: str) -> str:
+    """The start of the bar that a row's `timestamp` falls in; `width` and `months` are placeholders."""
+    if not interval.months:
+        return f"date_bin({width}::interval, timestamp, timestamptz '2000-01-03 00:00Z')"
+    local = "timestamp AT TIME ZONE 'UTC'"
+    ordinal = f"12 * (extract(year FROM {local}) - 2000) + extract(month FROM {local}) - 1"
+    months_since = f"(floor(({ordinal}) / {months}::int) * {months}::int)::int"
+    return f"(timestamp '2000-01-01' + make_interval(months => {months_since})) AT TIME ZONE 'UTC'"
+
+
+def _per_symbol(wanted: Range, inner: str, columns: str, argument: _Arguments) -> str:
+    """Run `inner` for each symbol on its part of the range and stop after one row more than the limit.
+
+    The position after which to go on is part of each symbol's range: past symbols are gone, and the current
+    one starts a microsecond, the resolution of a timestamp, after its last row.
+    """
+    spans: list[tuple[str, datetime, datetime, int]] = []
+    most = wanted.limit + 1
+    per_symbol = min(wanted.limit_per_symbol or most, most)
+    for symbol in sorted(set(wanted.symbols)):
+        start, end, rows = wanted.start, wanted.end, per_symbol
+        if wanted.after is not None:
+            if symbol < wanted.after.symbol:
+                continue
+            if symbol == wanted.after.symbol:
+                if wanted.sort == "asc":
+                    start = wanted.after.timestamp + _TICK
+                else:
+                    end = wanted.after.timestamp
+                if wanted.limit_per_symbol is not None:
+                    rows = min(wanted.limit_per_symbol - wanted.after.given, most)
+        spans.append((symbol, start, end, rows))
+    symbols, starts, stops, rows_ = (argument([span[i] for span in spans]) for i in range(4))
+    order = wanted.sort
+    return f"""
+        SELECT span.symbol, row.timestamp, {columns}
+        FROM (SELECT * FROM unnest({symbols}::text[], {starts}::timestamptz[], {stops}::timestamptz[],
+                                   {rows_}::int[]) AS given (symbol, start, stop, rows)
+              ORDER BY symbol COLLATE "C") span
+        CROSS JOIN LATERAL (SELECT * FROM ({inner}) part ORDER BY timestamp {order} LIMIT span.rows) row
+        ORDER BY span.symbol COLLATE "C", row.timestamp {order}
+        LIMIT {argument(most)}"""
+
+
+def _range(symbols: str | Sequence[str], start: datetime, end: datetime, limit: int, sort: Sort) -> Range:
+    if limit < 1:
+        raise InvalidRequest("A limit is at least 1.", parameter="limit")
+    if _aware(start) >= _aware(end):
+        raise InvalidRequest(f"The range is empty: {rfc3339(start)} is not before {rfc3339(end)}.", parameter="start")
+    return Range(_symbols(symbols), start, end, limit, sort)
+
+
+def _symbols(symbols: str | Sequence[str]) -> list[str]:
+    return [normal_symbol(symbol) for symbol in ([symbols] if isinstance(symbols, str) else symbols)]
+
+
+def _aware(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise InvalidRequest("A time carries an offset; a naive one has no place on the time line.")
+    return moment
+
+
+def zone(name: str) -> ZoneInfo:
+    """A time zone by its IANA name.
+
+    Raises:
+        InvalidRequest: there is none of that name.
+    """
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise InvalidRequest("A time zone is an IANA name, as in America/New_York.", parameter="tz") from error
+
+
+def day_bounds(day: date, tz: str) -> tuple[datetime, datetime]:
+    """First instant of a calendar day of the zone, and of the next one, in UTC.
+
+    Raises:
+        InvalidRequest: the zone is unknown, or the day is the last one there is.
+    """
+    local = zone(tz)
+    try:
+        following = day + timedelta(days=1)
+        bounds = (datetime.combine(day, time(), local), datetime.combine(following, time(), local))
+        return bounds[0].astimezone(UTC), bounds[1].astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidRequest("The day lies outside of the calendar.", parameter="date") from error

@@ -1,0 +1,168 @@
+"""The writer: group commit, exact results, bounds and draining, with a flush that the test controls."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from app.errors import Conflict, DatabaseUnavailable, Overloaded, QuotesError, ServiceStopping
+from app.model import Batch, Receipt
+from app.repository.quotes import Write
+from app.settings import Settings
+from app.writer import Writer
+
+
+def write(rows: int = 1, symbol: str = "A") -> Write:
+    return Write(
+        Batch.from_rows(
+            [
+                {"symbol": symbol, "timestamp": datetime(2026, 1, 1, 0, 0, i, tzinfo=UTC), "price": 1}
+                for i in range(rows)
+            ]
+        )
+    )
+
+
+def receipt(one: Write) -> Receipt:
+    return Receipt.of(one.batch, inserted=len(one.batch), updated=0, unchanged=0)
+
+
+class Gate:
+    """A flush that waits until it is opened and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.flushes: list[int] = []
+
+    async def __call__(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        self.flushes.append(len(writes))
+        await self.open.wait()
+        return [receipt(one) for one in writes]
+
+
+def make_settings(**values: Any) -> Settings:
+    return Settings(_env_file=None, **{"writer_flushes": 1, **values})
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_requests_that_wait_share_a_transaction() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        first = asyncio.create_task(writer.submit(write()))
+        await settle()
+        others = [asyncio.create_task(writer.submit(write(i))) for i in range(1, 6)]
+        await settle()
+        gate.open.set()
+        assert (await first).inserted == 1
+        assert [(await task).inserted for task in others] == [1, 2, 3, 4, 5]
+    assert gate.flushes == [1, 5]
+
+
+async def test_a_transaction_is_bounded_in_rows() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with Writer(gate, make_settings(writer_flush_rows=10)) as writer:
+        await asyncio.gather(*(writer.submit(write(6)) for _ in range(4)), writer.submit(write(25)))
+    assert sum(gate.flushes) == 5
+    assert max(gate.flushes) == 1
+
+
+async def test_a_full_queue_refuses_and_recovers() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings(writer_queue_rows=10)) as writer:
+        waiting = [asyncio.create_task(writer.submit(write(5))) for _ in range(2)]
+        await settle()
+        with pytest.raises(Overloaded) as caught:
+            await writer.submit(write())
+        assert caught.value.retry_after == 1.0
+        gate.open.set()
+        await asyncio.gather(*waiting)
+        assert (await writer.submit(write(50))).inserted == 50, "a lone request may be larger than the queue"
+
+
+async def test_bytes_are_bounded_too() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings(writer_queue_bytes=1024)) as writer:
+        waiting = asyncio.create_task(writer.submit(write(59)))
+        await settle()
+        with pytest.raises(Overloaded):
+            await writer.submit(write())
+        gate.open.set()
+        await waiting
+
+
+async def test_a_poison_request_harms_only_itself() -> None:
+    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        await asyncio.sleep(0.01)
+        if any(one.batch.rows["symbol"][0].as_py() == "POISON" for one in writes):
+            raise RuntimeError("poison")
+        return [receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings()) as writer:
+        results = await asyncio.gather(
+            *(writer.submit(write(1, s)) for s in ("A", "B", "POISON", "C")), return_exceptions=True
+        )
+    assert [type(result).__name__ for result in results] == ["Receipt", "Receipt", "RuntimeError", "Receipt"]
+
+
+async def test_errors_reach_their_own_request() -> None:
+    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        return [Conflict([], 1) if one.on_conflict == "error" else receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings()) as writer:
+        refused = write()
+        refused.on_conflict = "error"
+        results = await asyncio.gather(writer.submit(write()), writer.submit(refused), return_exceptions=True)
+    assert isinstance(results[0], Receipt)
+    assert isinstance(results[1], Conflict)
+
+
+async def test_a_dead_database_fails_all_that_wait() -> None:
+    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        raise DatabaseUnavailable("away")
+
+    async with Writer(flush, make_settings()) as writer:
+        results = await asyncio.gather(*(writer.submit(write()) for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(result, DatabaseUnavailable) for result in results)
+
+
+async def test_stopping_writes_what_was_accepted() -> None:
+    gate = Gate()
+    writer = Writer(gate, make_settings())
+    async with writer:
+        tasks = [asyncio.create_task(writer.submit(write())) for _ in range(3)]
+        await settle()
+        asyncio.get_running_loop().call_later(0.05, gate.open.set)
+    assert [(await task).inserted for task in tasks] == [1, 1, 1]
+    assert not writer.accepting
+    with pytest.raises(ServiceStopping):
+        await writer.submit(write())
+
+
+async def test_what_does_not_drain_in_time_is_told() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings(drain_timeout="50 ms")) as writer:
+        flushing = asyncio.create_task(writer.submit(write()))
+        await settle()
+        waiting = asyncio.create_task(writer.submit(write()))
+        await settle()
+    for task in (flushing, waiting):
+        with pytest.raises(ServiceStopping):
+            await task
+
+
+async def test_a_client_that_goes_does_not_disturb_the_others() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        gone, stays = (asyncio.create_task(writer.submit(write())) for _ in range(2))
+        await settle()
+        gone.cancel()
+        gate.open.set()
+        assert (await stays).inserted == 1
+    assert gone.cancelled()

@@ -1,0 +1,1 @@
+"""HTTP: routes, their parameters and answers, and problems."""

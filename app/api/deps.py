@@ -1,0 +1,251 @@
+"""What the routes share: the wired services, the request body, times and lists in a query, page tokens.
+
+Invariant: a body is read up to its limit and no further; a page token is taken back only for the query that
+it was issued for.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+from urllib.parse import urlencode
+
+import msgspec
+from fastapi import Depends, Request, Response
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from app.errors import BodyTimeout, BodyTooLarge, InvalidPageToken, InvalidRequest, QuotesError, UnsupportedMediaType
+from app.health import Health
+from app.model import Timestamp, normal_symbol
+from app.repository.quotes import Page, Position, QuoteRepository
+from app.settings import Settings
+from app.writer import Writer
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_SIGNATURE_BYTES: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What `main` wired for the routes."""
+
+    settings: Settings
+    quotes: QuoteRepository
+    writer: Writer
+    health: Health
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Wired = Annotated[Services, Depends(_services)]
+
+
+# --- body ---
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The whole body.
+
+    Raises:
+        UnsupportedMediaType: it is encoded.
+        BodyTooLarge: it is longer than `max_body_bytes`, by its header or in fact.
+        BodyTimeout: it did not arrive within `body_timeout`.
+    """
+    if request.headers.get("content-encoding", "identity").lower() not in {"identity", ""}:
+        raise UnsupportedMediaType("The body is taken without a content encoding.")
+    limit = settings.max_body_bytes
+    too_large = BodyTooLarge(f"A body has at most {limit} bytes; send smaller batches.")
+    if int(request.headers.get("content-length", "0") or 0) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(settings.body_timeout.total_seconds()):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise BodyTimeout("The body did not arrive in time.") from error
+    return b"".join(chunks)
+
+
+# --- query ---
+
+
+def _mend_offset(value: object) -> object:
+    """Give back the `+` of an offset that a client did not encode, and read a date as its midnight in UTC."""
+    if isinstance(value, str):
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+            return value + "T00:00:00Z"
+        return re.sub(r"(T[0-9:.]+) (\d\d:?\d\d)$", r"\1+\2", value)
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("The time lies outside of the calendar.") from error
+
+
+def _split(value: object) -> object:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return [item for part in value for item in part.split(",") if item.strip()]
+    return value
+
+
+def _normal(value: list[str]) -> list[str]:
+    try:
+        return list(dict.fromkeys(normal_symbol(symbol) for symbol in value))
+    except QuotesError as error:
+        raise ValueError(error.detail) from error
+
+
+Time = Annotated[Timestamp, BeforeValidator(_mend_offset), AfterValidator(_in_utc)]
+Symbols = Annotated[list[str], BeforeValidator(_split), AfterValidator(_normal)]
+#: Query parameters as they are documented everywhere.
+START: Final = "First instant of the range, RFC 3339 with an offset, or a date for its midnight in UTC."
+END: Final = "End of the range, exclusive. Default: now."
+SYMBOLS: Final = "Symbols, separated by commas."
+
+
+class Query(BaseModel):
+    """Base of all query models: an unknown parameter is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PagedQuery(Query):
+    """Parameters of every paged route."""
+
+    limit: int = Field(default=1000, ge=1, le=10_000, description="Most rows of one page.")
+    page_token: str | None = Field(default=None, max_length=512, description="`next_page_token` of the last page.")
+
+
+def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
+    """Symbols of a query that names at least one.
+
+    Raises:
+        InvalidRequest: none, or more than `max_symbols`.
+    """
+    if not symbols:
+        raise InvalidRequest("Name at least one symbol.", parameter="symbols")
+    if len(symbols) > settings.max_symbols:
+        raise InvalidRequest(
+            f"{len(symbols)} symbols; at most {settings.max_symbols} are taken at once.", parameter="symbols"
+        )
+    return list(symbols)
+
+
+def check_range(start: datetime, end: datetime) -> None:
+    """Refuse an empty or reversed range.
+
+    Raises:
+        InvalidRequest: `start` is not before `end`.
+    """
+    if start >= end:
+        raise InvalidRequest("The range is empty: start is not before end.", parameter="start")
+
+
+# --- paging ---
+
+
+class _Token(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    symbol: str
+    microseconds: int
+    given: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """The page of a query that is asked for: its range, fixed on the first page, and where it goes on."""
+
+    start: datetime
+    end: datetime
+    after: Position | None
+
+
+def _sign(key: bytes, request: Request, payload: bytes) -> bytes:
+    """A signature over the token and the query it belongs to; page size and token may differ between pages."""
+    query = sorted((k, v) for k, v in request.query_params.multi_items() if k not in {"page_token", "limit"})
+    bound = "\n".join([request.url.path, urlencode(query)]).encode()
+    return hmac.digest(key, hashlib.sha256(bound).digest() + payload, "sha256")[:_SIGNATURE_BYTES]
+
+
+def _micros(moment: datetime) -> int:
+    delta = moment - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def _moment(microseconds: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def issue_token(request: Request, settings: Settings, position: Position, start: datetime, end: datetime) -> str:
+    """The token of the page after `position`."""
+    token = _Token(position.symbol, _micros(position.timestamp), position.given, _micros(start), _micros(end))
+    payload = msgspec.json.encode(token)
+    key = settings.page_token_key.get_secret_value().encode()
+    return base64.urlsafe_b64encode(_sign(key, request, payload) + payload).decode().rstrip("=")
+
+
+def read_token(request: Request, settings: Settings, text: str) -> Paging:
+    """The page that a token stands for.
+
+    Raises:
+        InvalidPageToken: it is not of this service, or not of this query.
+    """
+    refused = InvalidPageToken("The page token does not belong to this query.", parameter="page_token")
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refused from error
+    signature, payload = raw[:_SIGNATURE_BYTES], raw[_SIGNATURE_BYTES:]
+    key = settings.page_token_key.get_secret_value().encode()
+    if not hmac.compare_digest(signature, _sign(key, request, payload)):
+        raise refused
+    try:
+        token = msgspec.json.decode(payload, type=_Token)
+        return Paging(
+            _moment(token.start),
+            _moment(token.end),
+            Position(token.symbol, _moment(token.microseconds), token.given),
+        )
+    except (msgspec.DecodeError, OverflowError) as error:
+        raise refused from error
+
+
+def page_response(request: Request, settings: Settings, member: str, page: Page, paging: Paging) -> Response:
+    """`{"<member>": [...], "next_page_token": ...}` around rows that are JSON text already."""
+    request.state.rows = page.count
+    headers = {}
+    member_text = "null"
+    if page.next is not None:
+        text = issue_token(request, settings, page.next, paging.start, paging.end)
+        query = [(k, v) for k, v in request.query_params.multi_items() if k != "page_token"]
+        headers["Link"] = f'<{request.url.path}?{urlencode([*query, ("page_token", text)])}>; rel="next"'
+        member_text = f'"{text}"'
+    return json_response(f'{{"{member}":[{page.rows}],"next_page_token":{member_text}}}', headers)
+
+
+def json_response(text: str, headers: dict[str, str] | None = None) -> Response:
+    """JSON that was built elsewhere."""
+    return Response(text.encode(), headers=headers, media_type="application/json")
+
+
+def encoded(value: Any, status: int = 200) -> Response:
+    """A small value as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

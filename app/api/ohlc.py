@@ -1,0 +1,128 @@
+"""OHLC bars and daily summaries."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Request, Response
+from fastapi import Query as QueryParameters
+from pydantic import AwareDatetime, BaseModel, Field
+
+from app import formats
+from app.api.deps import (
+    END,
+    START,
+    SYMBOLS,
+    PagedQuery,
+    Paging,
+    Symbols,
+    Time,
+    Wired,
+    check_range,
+    page_response,
+    read_token,
+    resolve_symbols,
+)
+from app.api.problems import responses
+from app.errors import InvalidRequest
+from app.model import Interval
+from app.repository.quotes import BarPrice, Range, Sort
+
+router = APIRouter(prefix="/v1", tags=["bars"])
+
+_DEFAULT_BARS: Final = 100
+
+
+class OHLCBar(BaseModel):
+    """One bar."""
+
+    symbol: str
+    timestamp: AwareDatetime = Field(description="Start of the bar.")
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal | None = Field(description="Sum of volumes; null if no quote had one.")
+    vwap: Decimal | None = Field(description="sum(price x volume) / sum(volume); null without volume.")
+    count: int = Field(description="Quotes in the bar.")
+    final: bool = Field(description="Whether its end has passed; a late quote may still correct it.")
+
+
+class DailySummary(OHLCBar):
+    """One UTC day."""
+
+    range: Decimal = Field(description="high - low")
+    change: Decimal = Field(description="close - open")
+    change_percent: Decimal = Field(description="100 x change / open, four decimals.")
+
+
+class BarPage(BaseModel):
+    """A page of bars, by symbol, then by time."""
+
+    bars: list[OHLCBar]
+    next_page_token: str | None
+
+
+class SummaryPage(BaseModel):
+    """A page of daily summaries, by symbol, then by day."""
+
+    summaries: list[DailySummary]
+    next_page_token: str | None
+
+
+class SummaryQuery(PagedQuery):
+    """Parameters of daily summaries."""
+
+    symbols: Symbols = Field(description=SYMBOLS)
+    start: Time | None = Field(default=None, description=START + " Default: 100 bars before `end`.")
+    end: Time | None = Field(default=None, description=END)
+    sort: Sort = Field(default="asc", description="Order of time within a symbol.")
+
+
+class BarsQuery(SummaryQuery):
+    """Parameters of bars."""
+
+    interval: str = Field(
+        max_length=16,
+        description="`<n>s`, `<n>m`, `<n>h`, `<n>d`, `<n>w` or `<n>M` (months); also `5Min`, `1Hour`, `1Day`.",
+        examples=["1m", "5m", "1h", "1d"],
+    )
+    price: BarPrice = Field(default="last", description="What the bars are of; `mid` is (bid + ask) / 2.")
+
+
+def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wired) -> tuple[Range, Paging]:
+    formats.writer(request.headers.get("accept"))
+    symbols = resolve_symbols(query.symbols, wired.settings)
+    if query.page_token is not None:
+        paging = read_token(request, wired.settings, query.page_token)
+    else:
+        end = query.end or datetime.now(UTC)
+        paging = Paging(query.start or _bars_before(end, interval.width), end, None)
+    check_range(paging.start, paging.end)
+    return Range(symbols, paging.start, paging.end, query.limit, query.sort, None, paging.after), paging
+
+
+def _bars_before(end: datetime, width: timedelta) -> datetime:
+    try:
+        return end - _DEFAULT_BARS * width
+    except OverflowError as error:
+        raise InvalidRequest("So many of these bars reach beyond the calendar.", parameter="start") from error
+
+
+@router.get("/ohlc", response_model=BarPage, responses=responses(400, 406, 503))
+async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameters()], wired: Wired) -> Response:
+    """OHLC bars that start in a time range, of any interval; days and longer are of UTC."""
+    interval = Interval.parse(query.interval)
+    wanted, paging = _page(request, query, interval, wired)
+    page = await wired.quotes.bars_page(wanted, interval, query.price)
+    return page_response(request, wired.settings, "bars", page, paging)
+
+
+@router.get("/summary/daily", response_model=SummaryPage, responses=responses(400, 406, 503))
+async def list_daily_summaries(
+    request: Request, query: Annotated[SummaryQuery, QueryParameters()], wired: Wired
+) -> Response:
+    """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
+    wanted, paging = _page(request, query, Interval(1, "d"), wired)
+    page = await wired.quotes.summary_page(wanted)
+    return page_response(request, wired.settings, "summaries", page, paging)

@@ -1,0 +1,267 @@
+"""Quotes in, and quotes out: by range, newest, by day, counted."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from datetime import date as calendar_day
+from typing import Annotated, Any, Final
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi import Query as QueryParameters
+from pydantic import BaseModel, Field
+
+from app import formats, metrics
+from app.api.deps import (
+    END,
+    START,
+    SYMBOLS,
+    PagedQuery,
+    Paging,
+    Query,
+    Services,
+    Symbols,
+    Time,
+    Wired,
+    check_range,
+    encoded,
+    json_response,
+    page_response,
+    read_body,
+    read_token,
+    resolve_symbols,
+)
+from app.api.problems import responses
+from app.errors import InvalidQuotes, InvalidRequest, QuotesError
+from app.model import OnConflict, OnError, Quote, Receipt, normal_symbol
+from app.repository.quotes import Range, Sort, Write, day_bounds, zone
+
+router = APIRouter(prefix="/v1", tags=["quotes"])
+
+#: Above this a body is decoded in a thread: half a megabyte is a few milliseconds of the event loop.
+_INLINE_BYTES: Final = 512 * 1024
+_DEFAULT_SPAN: Final = timedelta(days=1)
+
+
+class StoredQuote(Quote):
+    """A stored quote: every field present, null where unknown."""
+
+
+class QuotePage(BaseModel):
+    """A page of quotes, by symbol, then by time."""
+
+    quotes: list[StoredQuote]
+    next_page_token: str | None = Field(description="Token of the next page; null on the last one.")
+
+
+class LatestQuotes(BaseModel):
+    """The newest quote of each symbol."""
+
+    quotes: list[StoredQuote]
+    missing: list[str] = Field(description="Named symbols of which nothing is stored.")
+
+
+class Count(BaseModel):
+    """How many quotes are stored."""
+
+    count: int
+    exact: bool
+
+
+class RejectedQuote(BaseModel):
+    """A refused row."""
+
+    index: int
+    pointer: str
+    code: str
+    detail: str
+
+
+class IngestReceipt(BaseModel):
+    """What became of one request; the rows are committed.
+
+    `received = inserted + updated + unchanged + superseded + len(rejected)`.
+    """
+
+    received: int
+    inserted: int
+    updated: int
+    unchanged: int
+    superseded: int = Field(description="Rows that another row of the same key in the batch replaced.")
+    rounded: int = Field(description="Prices rounded to eight decimals.")
+    crossed: int = Field(description="Quotes whose bid is above their ask; they are stored.")
+    rejected: list[RejectedQuote]
+
+
+class IngestQuery(Query):
+    """Parameters of ingest."""
+
+    on_conflict: OnConflict = Field(
+        default="update",
+        description="A key that is stored already: `update` it, `ignore` the new row, or refuse it as an `error`.",
+    )
+    on_error: OnError = Field(
+        default="abort", description="A row that is refused: `abort` the request, or `skip` the row and list it."
+    )
+
+
+class QuotesQuery(PagedQuery):
+    """Parameters of a range."""
+
+    symbols: Symbols = Field(description=SYMBOLS)
+    start: Time | None = Field(default=None, description=START + " Default: 24 hours before `end`.")
+    end: Time | None = Field(default=None, description=END)
+    sort: Sort = Field(default="asc", description="Order of time within a symbol.")
+    limit_per_symbol: int | None = Field(default=None, ge=1, le=1_000_000, description="Most rows of one symbol.")
+
+
+class IntradayQuery(PagedQuery):
+    """Parameters of one day."""
+
+    symbol: str = Field(description="One symbol.")
+    date: calendar_day | None = Field(default=None, description="Calendar day in `tz`. Default: today.")
+    tz: str = Field(default="UTC", max_length=64, description="IANA time zone of the day.")
+    sort: Sort = Field(default="asc", description="Order of time.")
+
+
+class LatestQuery(Query):
+    """Parameters of newest quotes."""
+
+    symbols: Symbols | None = Field(default=None, description=SYMBOLS + " Default: all.")
+
+
+class CountQuery(Query):
+    """Parameters of a count."""
+
+    symbols: Symbols | None = Field(default=None, description=SYMBOLS + " Default: all.")
+    start: Time | None = Field(default=None, description=START + " Default: the oldest quote.")
+    end: Time | None = Field(default=None, description="End of the range, exclusive. Default: the newest quote.")
+    estimate: bool = Field(default=False, description="The planner's guess instead of a count; at no cost.")
+
+
+_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "anyOf": [
+                        {
+                            "type": "object",
+                            "properties": {
+                                "quotes": {"type": "array", "items": {"$ref": "#/components/schemas/Quote"}}
+                            },
+                            "required": ["quotes"],
+                            "additionalProperties": False,
+                        },
+                        {"type": "array", "items": {"$ref": "#/components/schemas/Quote"}},
+                    ]
+                }
+            },
+            "application/x-ndjson": {"schema": {"type": "string", "description": "One quote a line."}},
+        },
+    }
+}
+
+
+@router.post(
+    "/quotes",
+    response_model=IngestReceipt,
+    responses=responses(400, 408, 409, 413, 415, 422, 503),
+    openapi_extra=_BODY,
+)
+async def ingest_quotes(request: Request, query: Annotated[IngestQuery, QueryParameters()], wired: Wired) -> Response:
+    """Store a batch of quotes. The answer is sent after the commit, so a 200 is never lost."""
+    try:
+        receipt = await _ingest(request, query, wired)
+    except QuotesError as error:
+        metrics.INGEST_REFUSED.labels(error.code).inc()
+        if isinstance(error, InvalidQuotes):
+            metrics.INGEST_ROWS.labels("rejected").inc(len(error.rejections))
+        raise
+    request.state.rows = receipt.received
+    metrics.INGEST_BATCH_ROWS.observe(receipt.received)
+    metrics.INGEST_CROSSED.inc(receipt.crossed)
+    for result in ("inserted", "updated", "unchanged", "superseded"):
+        metrics.INGEST_ROWS.labels(result).inc(getattr(receipt, result))
+    metrics.INGEST_ROWS.labels("rejected").inc(len(receipt.rejected))
+    return encoded(receipt)
+
+
+async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Receipt:
+    codec = formats.reader(request.headers.get("content-type"))
+    body = await read_body(request, wired.settings)
+    arguments = (body, wired.quotes.limits(), query.on_error, query.on_conflict)
+    if len(body) > _INLINE_BYTES:
+        batch, pointer = await asyncio.to_thread(codec.decode, *arguments)
+    else:
+        batch, pointer = codec.decode(*arguments)
+    return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, pointer))
+
+
+@router.get("/quotes", response_model=QuotePage, responses=responses(400, 406, 503))
+async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParameters()], wired: Wired) -> Response:
+    """Quotes of a time range, page by page; pages joined are the whole."""
+    formats.writer(request.headers.get("accept"))
+    symbols = resolve_symbols(query.symbols, wired.settings)
+    if query.page_token is not None:
+        paging = read_token(request, wired.settings, query.page_token)
+    else:
+        end = query.end or datetime.now(UTC)
+        paging = Paging(query.start or _before(end, _DEFAULT_SPAN), end, None)
+    return await _quotes(request, wired, symbols, paging, query, query.sort, query.limit_per_symbol)
+
+
+@router.get("/quotes/intraday", response_model=QuotePage, responses=responses(400, 406, 503))
+async def intraday_quotes(
+    request: Request, query: Annotated[IntradayQuery, QueryParameters()], wired: Wired
+) -> Response:
+    """The quotes of one calendar day of a time zone: 23 or 25 hours when its clocks change."""
+    formats.writer(request.headers.get("accept"))
+    if query.page_token is not None:
+        paging = read_token(request, wired.settings, query.page_token)
+    else:
+        day = query.date or datetime.now(zone(query.tz)).date()
+        paging = Paging(*day_bounds(day, query.tz), None)
+    return await _quotes(request, wired, [normal_symbol(query.symbol)], paging, query, query.sort, None)
+
+
+async def _quotes(
+    request: Request,
+    wired: Services,
+    symbols: list[str],
+    paging: Paging,
+    query: PagedQuery,
+    sort: Sort,
+    limit_per_symbol: int | None,
+) -> Response:
+    check_range(paging.start, paging.end)
+    page = await wired.quotes.quotes_page(
+        Range(symbols, paging.start, paging.end, query.limit, sort, limit_per_symbol, paging.after)
+    )
+    return page_response(request, wired.settings, "quotes", page, paging)
+
+
+@router.get("/quotes/latest", response_model=LatestQuotes, responses=responses(400, 406, 503))
+async def latest_quotes(request: Request, query: Annotated[LatestQuery, QueryParameters()], wired: Wired) -> Response:
+    """The newest quote of each symbol; symbols without one are listed as missing."""
+    formats.writer(request.headers.get("accept"))
+    symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
+    rows, missing = await wired.quotes.latest_rows(symbols)
+    return json_response(f'{{"quotes":[{rows}],"missing":{msgspec.json.encode(missing).decode()}}}')
+
+
+@router.get("/quotes/count", response_model=Count, responses=responses(400, 503))
+async def count_quotes(query: Annotated[CountQuery, QueryParameters()], wired: Wired) -> Response:
+    """How many quotes are stored."""
+    if query.start is not None and query.end is not None:
+        check_range(query.start, query.end)
+    symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
+    count = await wired.quotes.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
+    return encoded({"count": count, "exact": not query.estimate})
+
+
+def _before(end: datetime, span: timedelta) -> datetime:
+    try:
+        return end - span
+    except OverflowError as error:
+        raise InvalidRequest("The range reaches beyond the calendar.", parameter="end") from error

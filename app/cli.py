@@ -1,0 +1,299 @@
+"""The command line: serve, migrate, health, load, demo.
+
+Invariant: stdout carries results and nothing else, an error is one readable sentence on stderr, and the exit
+status says whether it worked.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import anyio.from_thread
+import httpx
+import msgspec
+import typer
+import uvicorn
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from app import __version__, logs
+from app import demo as market
+from app import load as loading
+from app.client import DEFAULT_URL
+from app.db import embedded
+from app.db import migrate as schema
+from app.db.engine import Database
+from app.errors import QuotesError
+from app.health import Health, Report
+from app.model import OnConflict
+from app.repository.system import SystemRepository
+from app.settings import Settings
+
+#: Longest wait for requests in flight when the service stops; the writer drains after that.
+_GRACE: Final = 25
+
+app = typer.Typer(
+    name="opa-quotes",
+    help="A quote store over TimescaleDB: batches in over HTTP; ranges, latest and OHLC bars out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+errors = Console(stderr=True)
+
+DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def main() -> None:
+    """Run the command line; errors of this project end it with a sentence and status 1."""
+    try:
+        app()
+    except QuotesError as error:
+        errors.print(f"[red]error:[/red] {error.detail}", highlight=False)
+        sys.exit(1)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False):
+            name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
+            errors.print(f"[red]error:[/red] {name if fault['loc'] else 'settings'}: {fault['msg']}", highlight=False)
+        sys.exit(2)
+
+
+def _settings(**overrides: Any) -> Settings:
+    return Settings(**{name: value for name, value in overrides.items() if value is not None})
+
+
+@app.callback(invoke_without_command=True)
+def _version(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="8000")] = None,
+    data_dir: DataDir = None,
+    workers: Annotated[int, typer.Option(min=1, help="Server processes.")] = 1,
+) -> None:
+    """Run the service. Without QUOTES_DATABASE_URL it brings its own PostgreSQL, whose data stay."""
+    settings = _settings(host=host, port=port, data_dir=data_dir)
+    logs.configure(settings)
+    with ExitStack() as stack:
+        environment = {
+            f"QUOTES_{name.upper()}": str(getattr(settings, name))
+            for name in ("data_dir",)
+            if getattr(settings, name) is not None
+        }
+        if workers > 1:
+            environment |= stack.enter_context(_shared(settings))
+        # The server imports the application by name, in each of its processes.
+        os.environ.update(environment)
+        uvicorn.run(
+            "app.main:app_from_environment",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=workers,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE,
+        )
+
+
+@contextmanager
+def _shared(settings: Settings) -> Iterator[dict[str, str]]:
+    """What several processes share: one embedded database, one migration, one place for metrics."""
+    with ExitStack() as stack:
+        metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-"))
+        environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}
+        if settings.embedded:
+            portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
+            url = stack.enter_context(portal.wrap_async_context_manager(embedded.embedded_postgres(settings.data_dir)))
+            environment |= {
+                "QUOTES_DATABASE_URL": url,
+                "QUOTES_REQUIRE_TIMESCALEDB": settings.required_level,
+                "QUOTES_RETENTION": _retention(settings),
+            }
+        yield environment
+
+
+def _retention(settings: Settings) -> str:
+    kept = settings.effective_retention
+    return "none" if kept is None else f"{kept.total_seconds()} s"
+
+
+@app.command()
+def migrate(
+    revision: Annotated[str, typer.Argument(help="Revision to upgrade to.")] = "head",
+    *,
+    down: Annotated[bool, typer.Option("--down", help="Downgrade to REVISION; `base` deletes everything.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Initialise the database or bring its schema to a revision."""
+    settings = _settings(data_dir=data_dir)
+    logs.configure(settings)
+
+    async def run() -> None:
+        step = schema.downgrade if down else schema.migrate
+        if settings.database_url is not None:
+            await step(settings.database_url.get_secret_value(), settings, revision)
+            return
+        async with embedded.embedded_postgres(settings.data_dir) as url:
+            await step(url, settings, revision)
+
+    asyncio.run(run())
+    errors.print(f"The schema is at {revision if revision != 'head' else schema.head()}.")
+
+
+@app.command()
+def health(
+    *,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until healthy.")] = 0,
+    retry: Annotated[int, typer.Option(min=0, help="Further tries, a second apart, until healthy.")] = 0,
+    report: Annotated[str | None, typer.Option(help="URL to POST the result to, for a supervisor.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Run the three checks against the database; print JSON, exit 0 if healthy or degraded, else 1."""
+    settings = _settings(data_dir=data_dir)
+    deadline = time.monotonic() + wait
+
+    async def look() -> Report:
+        database = Database(_database_url(settings), settings)
+        return await Health(SystemRepository(database), settings, schema.head()).report()
+
+    tries = 0
+    while True:
+        result = asyncio.run(look())
+        tries += 1
+        if result.status != "unhealthy" or (tries > retry and time.monotonic() >= deadline):
+            break
+        time.sleep(1)
+    text = msgspec.json.format(msgspec.json.encode(result.to_dict()))
+    typer.echo(text.decode())
+    failed = result.status == "unhealthy"
+    if report is not None and not _post(report, text):
+        errors.print("[red]error:[/red] The result could not be reported.", highlight=False)
+        failed = True
+    raise typer.Exit(1 if failed else 0)
+
+
+def _database_url(settings: Settings) -> str:
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return embedded.url(settings.data_dir)
+
+
+def _post(url: str, body: bytes, tries: int = 3) -> bool:
+    for attempt in range(tries):
+        try:
+            answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=5)
+        except httpx.HTTPError:
+            pass  # counted below, like an answer that is no success
+        else:
+            if answer.is_success:
+                return True
+        time.sleep(2**attempt / 2)
+    return False
+
+
+@app.command()
+def load(
+    files: Annotated[list[Path], typer.Argument(help="CSV, NDJSON or Parquet; `.gz` too for text.", exists=True)],
+    url: Annotated[str, typer.Option(help="Address of the service.")] = DEFAULT_URL,
+    *,
+    file_format: Annotated[
+        loading.FileFormat | None, typer.Option("--format", help="Format, if the name does not tell.")
+    ] = None,
+    symbol: Annotated[str | None, typer.Option(help="Symbol of files without such a column.")] = None,
+    tz: Annotated[str | None, typer.Option(help="IANA zone of times without an offset.")] = None,
+    on_conflict: Annotated[OnConflict, typer.Option(help="What to do with keys that are stored.")] = "update",
+    source: Annotated[str | None, typer.Option(help="Value of `source` for every quote.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--map", help="FIELD=COLUMN, as in price=Close; repeatable.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Quotes in one request.")] = 10_000,
+    state: Annotated[Path | None, typer.Option(help="File that remembers how far a load came.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where an earlier load of the file ended.")] = True,
+    rejects: Annotated[Path | None, typer.Option(help="File for the rows that were refused.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load files into a running service; refused rows go to a file beside them, an interrupted load goes on."""
+    report = asyncio.run(
+        loading.run(
+            loading.LoadOptions(
+                files=files,
+                url=url,
+                format=file_format,
+                symbol=symbol,
+                tz=tz,
+                on_conflict=on_conflict,
+                source=source,
+                columns=loading.column_map(columns or []),
+                batch_size=batch_size,
+                state=state,
+                resume=resume,
+                rejects=rejects,
+                json=as_json,
+            )
+        )
+    )
+    raise typer.Exit(1 if report.rejected or report.failed else 130 if report.interrupted else 0)
+
+
+@app.command()
+def demo(
+    url: Annotated[str, typer.Option(help="Address of the service.")] = DEFAULT_URL,
+    *,
+    symbols: Annotated[int, typer.Option(min=1, max=len(market.INSTRUMENTS), help="Instruments.")] = 24,
+    days: Annotated[int, typer.Option(min=0, help="Whole days of history before today.")] = 3,
+    rate: Annotated[float, typer.Option(min=0.1, help="Live quotes a second.")] = 50.0,
+    seed: Annotated[int, typer.Option(help="Seed of the market.")] = market.DEFAULT_SEED,
+    duration: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of live quotes; 0 for none.", show_default="until Ctrl-C")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Feed a believable market into a running service: some days of history, then live quotes."""
+    asyncio.run(
+        market.run(
+            market.DemoOptions(
+                url=url, symbols=symbols, days=days, rate=rate, seed=seed, duration=duration, json=as_json
+            )
+        )
+    )
+
+
+@app.command("settings")
+def list_settings(*, as_json: Json = False) -> None:
+    """List every setting: its variable, its default and what it does."""
+    rows = [
+        {
+            "variable": f"QUOTES_{name.upper()}",
+            "default": "" if field.default is None else _plain(field.default),
+            "meaning": field.description or "",
+        }
+        for name, field in Settings.model_fields.items()
+    ]
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(rows)).decode())
+        return
+    table = Table("Variable", "Default", "Meaning")
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def _plain(value: object) -> str:
+    if hasattr(value, "total_seconds"):
+        return f"{value.total_seconds():g} s"
+    return "(set)" if hasattr(value, "get_secret_value") else str(value)

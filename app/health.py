@@ -1,0 +1,145 @@
+"""The three checks that the API and the CLI answer with: database, timescaledb, hypertable.
+
+Invariant: a check never hangs and never lies about what it could not see; what could not be reached makes the
+checks behind it `skipped`, and the whole `unhealthy`.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+from app import __version__, metrics
+from app.db.capability import REQUIRED, Level
+from app.errors import QuotesError
+from app.model import rfc3339
+from app.repository.system import Observation, SystemRepository
+from app.settings import Settings
+
+Status = Literal["healthy", "degraded", "unhealthy", "skipped"]
+
+_TIMEOUT: Final = 2.0
+_FRESH: Final = 1.0  # probes of several supervisors share one look
+_SLOW: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The outcome of one check."""
+
+    name: str
+    status: Status
+    detail: str
+    version: str | None = None
+    latency_ms: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the JSON answer."""
+        return {
+            "status": self.status,
+            "detail": self.detail,
+            "version": self.version,
+            "latency_ms": self.latency_ms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks of one look."""
+
+    checks: tuple[Check, ...]
+    level: str | None
+    timestamp: datetime
+
+    @property
+    def status(self) -> Status:
+        """The worst of the checks, where `skipped` is not bad."""
+        found = {check.status for check in self.checks}
+        return "unhealthy" if "unhealthy" in found else "degraded" if "degraded" in found else "healthy"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the JSON answer."""
+        return {
+            "overall_status": self.status,
+            "level": self.level,
+            "version": __version__,
+            "timestamp": rfc3339(self.timestamp),
+            "checks": {check.name: check.to_dict() for check in self.checks},
+        }
+
+
+class Health:
+    """Runs the checks, at most once a second whoever asks."""
+
+    def __init__(self, system: SystemRepository, settings: Settings, head: str) -> None:
+        self._system = system
+        self._required = REQUIRED[settings.required_level]
+        self._head = head
+        self._lock = asyncio.Lock()
+        self._last: tuple[float, Report] | None = None
+
+    async def report(self) -> Report:
+        """The outcome of a look that is at most a second old. Never raises."""
+        async with self._lock:
+            now = time.monotonic()
+            if self._last is None or now - self._last[0] > _FRESH:
+                self._last = (now, await self._look())
+            return self._last[1]
+
+    async def _look(self) -> Report:
+        began = time.perf_counter()
+        level = None
+        try:
+            async with asyncio.timeout(2 * _TIMEOUT):
+                seen = await self._system.observe(_TIMEOUT)
+        except (QuotesError, TimeoutError) as error:
+            detail = error.detail if isinstance(error, QuotesError) else "The database does not answer."
+            checks = (
+                Check("database", "unhealthy", detail),
+                Check("timescaledb", "skipped", "The database was not reached."),
+                Check("hypertable", "skipped", "The database was not reached."),
+            )
+        else:
+            latency = time.perf_counter() - began
+            level = str(seen.capability.level)
+            checks = (self._database(seen, latency), self._timescaledb(seen), self._hypertable(seen))
+            metrics.BUILD_INFO.labels(__version__, level).set(1)
+        for check in checks:
+            metrics.HEALTH_UP.labels(check.name).set(check.status != "unhealthy")
+        return Report(checks, level, datetime.now(UTC))
+
+    def _database(self, seen: Observation, latency: float) -> Check:
+        slow = latency > _SLOW
+        return Check(
+            "database",
+            "degraded" if slow else "healthy",
+            f"Answers, but took {latency:.1f} s." if slow else "Answers.",
+            seen.capability.postgresql,
+            round(1000 * latency, 2),
+        )
+
+    def _timescaledb(self, seen: Observation) -> Check:
+        capability = seen.capability
+        if capability.level < self._required:
+            detail = f"The level is {capability.level}, {self._required} is required: {capability.level.lacks}."
+            return Check("timescaledb", "unhealthy", detail, capability.timescaledb)
+        if capability.level == Level.COMMUNITY:
+            return Check("timescaledb", "healthy", "Community edition.", capability.timescaledb)
+        detail = f"Not required here. The level is {capability.level}: {capability.level.lacks}."
+        return Check("timescaledb", "skipped", detail, capability.timescaledb)
+
+    def _hypertable(self, seen: Observation) -> Check:
+        if not seen.table_exists:
+            return Check("hypertable", "unhealthy", "quotes.real_time is missing: run `opa-quotes migrate`.")
+        if seen.primary_key != ["symbol", "timestamp"]:
+            return Check("hypertable", "unhealthy", "quotes.real_time has not the key (symbol, timestamp).")
+        if seen.revision != self._head:
+            detail = f"The schema is at revision {seen.revision}, this version of the service at {self._head}."
+            return Check("hypertable", "degraded", detail, seen.revision)
+        if seen.chunks is not None:
+            return Check("hypertable", "healthy", f"{seen.chunks} chunks.", seen.revision)
+        if seen.capability.level >= Level.APACHE:
+            detail = "TimescaleDB is there, but quotes.real_time is a plain table."
+            return Check("hypertable", "degraded", detail, seen.revision)
+        return Check("hypertable", "healthy", "A plain table, as the level has no hypertables.", seen.revision)

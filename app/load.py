@@ -1,0 +1,717 @@
+"""Loads CSV, NDJSON and Parquet files into a running service, in batches, resumable and with bounded memory.
+
+Invariant: the state file counts a prefix of the file whose rows are all committed or listed in the reject file. It is
+replaced after each batch, in file order, so a run that was cut off at any point continues without loss. Numbers of
+text files stay text until the service reads them, so prices arrive exactly as written.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, tzinfo
+from datetime import time as clock_time
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final, Literal
+from zoneinfo import ZoneInfo
+
+import httpx
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.client import DEFAULT_URL, Client, Refused, Totals, Unavailable, in_order, until_interrupted
+from app.errors import InvalidRequest
+from app.model import FIELDS, OnConflict, Receipt, normal_symbol, rfc3339
+
+FileFormat = Literal["csv", "ndjson", "parquet"]
+Status = Literal["loaded", "already loaded", "interrupted", "failed"]
+
+MAX_ROWS: Final = 100_000
+MAX_DAYS: Final = 366
+MAX_BYTES: Final = 48 * 1024 * 1024
+_HEAD_BYTES: Final = 64 * 1024
+_COMPACT_DATE: Final = len("20260131")
+_LONG_DATE: Final = len("2026-01-31")
+_INT64_DIGITS: Final = 19
+_SKIP: Final = 100_000  # rows passed over at once when resuming, so that an interrupt is seen
+_SUFFIXES: Final[dict[str, FileFormat]] = {
+    ".csv": "csv", ".tsv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+#: Names of columns, best first, in lower case. Pandas names an index that has no name `__index_level_0__`.
+_ALIASES: Final = {
+    "symbol": ("symbol", "ticker"),
+    "timestamp": ("timestamp", "datetime", "time", "ts", "date", "__index_level_0__"),
+    "price": ("price", "last", "lastprice", "last_price", "close", "adj close", "adj_close"),
+    "bid": ("bid", "bid_price"),
+    "ask": ("ask", "ask_price"),
+    "bid_size": ("bid_size", "bidsize"),
+    "ask_size": ("ask_size", "asksize"),
+    "volume": ("volume", "vol", "size"),
+    "source": ("source",),
+}
+_PRICES: Final = ("price", "bid", "ask")
+_SIZES: Final = ("bid_size", "ask_size", "volume")
+_ABSENT: Final = frozenset({"", "nan", "na", "n/a", "null", "none"})  # of numbers only: NA is also a symbol
+_BROKEN_FILE: Final = (EOFError, zlib.error, csv.Error, pa.ArrowException, UnicodeError)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load and how to read it.
+
+    `columns` maps fields to columns of the file (`column_map` reads `price=Close`), an empty column leaves the field
+    out. `symbol` is for files without such a column (default: the file's name). `tz` is the zone of times without an
+    offset, which are refused without it. `state` and `rejects` default to files beside the loaded one.
+    """
+
+    files: Sequence[Path]
+    url: str = DEFAULT_URL
+    format: FileFormat | None = None
+    symbol: str | None = None
+    tz: str | None = None
+    on_conflict: OnConflict = "update"
+    source: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 10_000
+    state: Path | None = None
+    resume: bool = True
+    rejects: Path | None = None
+    json: bool = False
+
+
+class FileReport(msgspec.Struct):
+    """What became of one file. Counts include earlier runs that this one continued, at row `resumed_after`."""
+
+    file: str
+    status: Status = "failed"
+    rows: int = 0
+    resumed_after: int = 0
+    totals: Totals = msgspec.field(default_factory=Totals)
+    seconds: float = 0.0
+    rows_per_second: int = 0
+    rejects: str | None = None
+    ignored_columns: list[str] = []
+    failure: str | None = None
+
+
+class LoadReport(msgspec.Struct):
+    """What became of each file. `rejected` and `failed` leave out files that an earlier run had finished."""
+
+    files: list[FileReport] = []
+    rejected: int = 0
+    failed: int = 0
+    interrupted: bool = False
+
+
+class _State(msgspec.Struct):
+    """The state file: which file, read in which way, and how far."""
+
+    fingerprint: dict[str, int | str]
+    meaning: dict[str, Any]
+    rows: int = 0
+    rejects_bytes: int = 0
+    complete: bool = False
+    totals: Totals = msgspec.field(default_factory=Totals)
+
+
+class _Fault(Exception):
+    """A row that is refused before it is sent."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+class _Unreadable(Exception):
+    """A file that cannot be loaded, or not further; the message is for people."""
+
+
+def column_map(pairs: Iterable[str]) -> dict[str, str]:
+    """Read `price=Close` into a mapping of fields to columns.
+
+    Raises:
+        InvalidRequest: not of this form, or no field of a quote.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, column = pair.partition("=")
+        name = name.strip().lower()
+        if not separator or name not in FIELDS:
+            raise InvalidRequest(f"A mapping is FIELD=COLUMN, with a field of {', '.join(FIELDS)}.", parameter="map")
+        columns[name] = column.strip()
+    return columns
+
+
+def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: bool = True) -> dict[str, int]:
+    """The position of each field's column: the one named in `explicit`, else the best known name.
+
+    A first column without a name is the timestamp if nothing else is.
+
+    Raises:
+        _Unreadable: `strict`, and a named column does not exist, or timestamp or price have no column.
+    """
+    folded = [name.strip().lower() for name in names]
+    found: dict[str, int] = {}
+    for name, column in explicit.items():
+        if column in names:
+            found[name] = names.index(column)
+        elif column.lower() in folded:
+            found[name] = folded.index(column.lower())
+        elif column and strict:
+            raise _Unreadable(f"there is no column {column!r}; the columns are {', '.join(map(repr, names))}")
+    taken = set(found.values())
+    for name, aliases in _ALIASES.items():
+        positions = (folded.index(alias) for alias in aliases if alias in folded)
+        if name not in explicit and (position := next((p for p in positions if p not in taken), None)) is not None:
+            found[name] = position
+    if "timestamp" not in found and "timestamp" not in explicit and folded[:1] == [""]:
+        found["timestamp"] = 0
+    if strict and ("timestamp" not in found or ("price" not in found and not {"bid", "ask"} <= found.keys())):
+        missing = "price" if "timestamp" in found else "timestamp"
+        raise _Unreadable(
+            f"no column is known as {missing}; name it with --map {missing}=COLUMN, of {', '.join(map(repr, names))}"
+        )
+    return {name: found[name] for name in FIELDS if name in found}
+
+
+class Converter:
+    """Turns rows, as mappings of fields to raw values, into quotes that the service reads."""
+
+    def __init__(self, *, symbol: str | None, tz: str | None, source: str | None) -> None:
+        self._symbol = symbol
+        self._source = source
+        self._zone: tzinfo | None = UTC if tz == "UTC" else ZoneInfo(tz) if tz else None
+
+    def quote(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], datetime]:
+        """The quote and its instant, in UTC.
+
+        Raises:
+            _Fault: only the row's author can say what it means.
+        """
+        quote: dict[str, Any] = {}
+        if symbol := row.get("symbol") or self._symbol:
+            quote["symbol"] = symbol.strip() if isinstance(symbol, str) else symbol
+        moment = self._instant(row.get("timestamp"))
+        quote["timestamp"] = rfc3339(moment)
+        for name in _PRICES:
+            if (value := _present(row.get(name))) is not None:
+                quote[name] = value
+        for name in _SIZES:
+            if (value := _whole(row.get(name), name)) is not None:
+                quote[name] = value
+        if source := self._source or row.get("source"):
+            quote["source"] = source
+        return quote, moment
+
+    def _instant(self, value: object) -> datetime:
+        whole_day = False
+        if isinstance(value, str):
+            text = value.strip()
+            value, whole_day = _parse(text), len(text) <= _LONG_DATE
+        if isinstance(value, date) and not isinstance(value, datetime):
+            value, whole_day = datetime.combine(value, clock_time()), True
+        if value is None:
+            raise _Fault("field-missing", "The timestamp is missing.")
+        if not isinstance(value, datetime):
+            raise _Fault("timestamp-invalid", "A timestamp is a date and time; the unit of a number would be a guess.")
+        if value.tzinfo is None:
+            if self._zone is None:
+                raise _Fault("timestamp-naive", "The timestamp has no offset; --tz names its time zone.")
+            value = value.replace(tzinfo=self._zone)
+            # Taking either reading of a repeated hour would let one of two rows overwrite the other.
+            if not whole_day and value.utcoffset() != value.replace(fold=1).utcoffset():
+                raise _Fault("timestamp-ambiguous", "The clock change lets this local time occur twice or not at all.")
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            raise _Fault("timestamp-invalid", "The timestamp lies outside the years 1 to 9999.") from None
+
+
+def _parse(text: str) -> datetime | None:
+    if not text or text.lower() == "nat":
+        return None
+    if text.endswith(" UTC"):
+        text = text[:-4] + "Z"
+    try:
+        # Some Unix times would read as compact dates and times.
+        return datetime.fromisoformat("" if text.isdecimal() and len(text) != _COMPACT_DATE else text)
+    except ValueError:
+        raise _Fault("timestamp-invalid", "A timestamp is ISO 8601, as in 2026-11-20T14:30:00Z.") from None
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.strip()
+        return None if value.lower() in _ABSENT else value
+    return value
+
+
+def _whole(value: Any, name: str) -> Any:
+    """A size as a whole number; what is no number at all is left to the service to refuse."""
+    value = _present(value)
+    if not isinstance(value, str):
+        return value
+    if len(value) < _INT64_DIGITS and value.isdecimal():
+        return int(value)
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return value
+    if not number.is_finite() or number.adjusted() > _INT64_DIGITS:
+        return value
+    if number != number.to_integral_value():
+        raise _Fault("not-whole", f"The {name} is not a whole number; --map {name}= leaves it out.")
+    return int(number)
+
+
+@dataclass(slots=True)
+class _Source:
+    """An open file: raw rows, the way from a raw row to a mapping, how far reading has come, and its columns.
+
+    `fields` are those of lines of JSON in the first line; other lines may have others.
+    """
+
+    rows: Iterator[Any]
+    shape: Callable[[Any], Mapping[str, Any]]
+    total: int
+    position: Callable[[], int]
+    fields: Sequence[str]
+    ignored: set[str]
+
+
+def _open(path: Path, kind: FileFormat, columns: Mapping[str, str], stack: ExitStack) -> _Source:
+    raw = stack.enter_context(path.open("rb"))
+    if kind == "parquet":
+        return _open_parquet(stack.enter_context(pq.ParquetFile(raw)), columns)
+    size = path.stat().st_size
+    stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
+    if kind == "ndjson":
+        return _open_ndjson(stream, raw.tell, size, columns)
+    # A foreign byte in a column that is ignored does no harm, and the service refuses it in a symbol.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    stack.callback(text.detach)
+    return _open_csv(text, raw.tell, size, columns)
+
+
+def _open_csv(text: io.TextIOWrapper, tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
+    header = text.readline()
+    if not header.strip():
+        raise _Unreadable("the first line, which names the columns, is empty")
+    delimiter = max(",;\t|", key=header.count)
+    names = next(csv.reader([header], delimiter=delimiter))
+    picked = match_columns(names, columns)
+
+    def shape(cells: list[str]) -> Mapping[str, Any]:
+        if len(cells) != len(names):
+            raise _Fault("row-ragged", f"The row has {len(cells)} cells, the header {len(names)}.")
+        return {name: cells[position] for name, position in picked.items()}
+
+    ignored = {name for position, name in enumerate(names) if position not in picked.values()}
+    rows = (cells for cells in csv.reader(text, delimiter=delimiter) if cells)
+    return _Source(rows, shape, size, tell, list(picked), ignored)
+
+
+def _open_ndjson(stream: Iterable[bytes], tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
+    decode = msgspec.json.Decoder(float_hook=str).decode
+    ignored: set[str] = set()
+
+    @lru_cache
+    def picked(names: tuple[str, ...]) -> list[tuple[str, str]]:
+        positions = match_columns(names, columns, strict=False)
+        ignored.update(name for position, name in enumerate(names) if position not in positions.values())
+        return [(name, names[position]) for name, position in positions.items()]
+
+    def shape(line: bytes) -> Mapping[str, Any]:
+        try:
+            row = decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _Fault("malformed-line", "The line is no JSON.") from None
+        if not isinstance(row, dict):
+            raise _Fault("not-an-object", "A quote is an object.")
+        return {name: row[column] for name, column in picked(tuple(row))}
+
+    lines = (line for line in stream if line.strip())
+    head = list(islice(lines, 1))
+    try:
+        fields = list(shape(head[0])) if head else []
+    except _Fault:
+        fields = []
+    return _Source(chain(head, lines), shape, size, tell, fields, ignored)
+
+
+def _open_parquet(file: Any, columns: Mapping[str, str]) -> _Source:
+    names = list(file.schema_arrow.names)
+    picked = match_columns(names, columns)
+    read = 0
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        nonlocal read
+        for batch in file.iter_batches(batch_size=10_000, columns=[names[position] for position in picked.values()]):
+            values = [_values(batch.column(names[position])) for position in picked.values()]
+            yield from zip(*values, strict=True)
+            read += batch.num_rows
+
+    def shape(row: tuple[Any, ...]) -> Mapping[str, Any]:
+        return dict(zip(picked, row, strict=True))
+
+    ignored = {name for position, name in enumerate(names) if position not in picked.values()}
+    return _Source(rows(), shape, file.metadata.num_rows, lambda: read, list(picked), ignored)
+
+
+def _values(column: Any) -> list[Any]:
+    """Python values of a column; numbers with a fraction as the shortest text that gives them back."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        column = column.cast(pa.string())
+    elif pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("us", kind.tz and "UTC"), safe=False)
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive rows of the file up to row `end`: the lines to send, the row of each, and what was refused here."""
+
+    end: int = 0
+    position: int = 0
+    rows: list[int] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    refused: list[tuple[int, bytes]] = field(default_factory=list)
+    days: set[int] = field(default_factory=set)
+    size: int = 0
+    spans: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
+
+    def takes(self, line: bytes, moment: datetime) -> bool:
+        """Whether one more quote keeps the service's limits of days and bytes."""
+        known_day = len(self.days) < MAX_DAYS or moment.toordinal() in self.days
+        return known_day and self.size + len(line) < MAX_BYTES
+
+    def add(self, row: int, line: bytes, symbol: Any, moment: datetime) -> None:
+        """Take one more quote."""
+        self.rows.append(row)
+        self.lines.append(line)
+        self.days.add(moment.toordinal())
+        self.size += len(line) + 1
+        key = str(symbol).upper()
+        first, last = self.spans.get(key, (moment, moment))
+        self.spans[key] = (min(first, moment), max(last, moment))
+
+    def overlaps(self, other: "Chunk") -> bool:
+        """Whether both may hold the same key. Sent at once, either could overwrite the other."""
+        return any(
+            first <= other.spans[symbol][1] and other.spans[symbol][0] <= last
+            for symbol, (first, last) in self.spans.items()
+            if symbol in other.spans
+        )
+
+
+def chunks(source: _Source, converter: Converter, *, size: int, skip: int = 0) -> Iterator[Chunk]:
+    """Cut the rows after the first `skip` into requests that keep the service's limits of rows, days and bytes."""
+    chunk, encode = Chunk(), msgspec.json.Encoder(enc_hook=str).encode
+
+    def cut() -> Chunk:
+        nonlocal chunk
+        full, chunk = chunk, Chunk()
+        full.position = source.position()
+        return full
+
+    row = 0
+    for row, raw in enumerate(source.rows, 1):
+        if row <= skip:
+            if row % _SKIP == 0:
+                yield Chunk(end=row, position=source.position())
+            continue
+        values: Mapping[str, Any] = {}
+        try:
+            values = source.shape(raw)
+            quote, moment = converter.quote(values)
+        except _Fault as fault:
+            shown = values or {"line": raw.decode("utf-8", "replace").strip() if isinstance(raw, bytes) else raw}
+            chunk.refused.append((row, _rejection(row, fault.code, fault.detail, encode(shown))))
+        else:
+            line = encode(quote)
+            if not chunk.takes(line, moment):
+                yield cut()
+            chunk.add(row, line, quote.get("symbol"), moment)
+        chunk.end = row
+        if len(chunk.lines) + len(chunk.refused) >= size:
+            yield cut()
+    if row < skip:
+        raise _Unreadable(f"the file has {row} rows, but {skip} were loaded before")
+    yield cut()
+
+
+def _rejection(row: int, code: str, detail: str, quote: bytes) -> bytes:
+    return msgspec.json.encode({"row": row, "code": code, "detail": detail, "quote": msgspec.Raw(quote)}) + b"\n"
+
+
+def _rejections(chunk: Chunk, receipt: Receipt) -> bytes:
+    """Lines of the reject file, in file order: what was refused here and what the service refused."""
+    refused = [
+        (row, _rejection(row, r.code, r.detail, chunk.lines[r.index]))
+        for r in receipt.rejected
+        for row in (chunk.rows[r.index],)
+    ]
+    return b"".join(line for _, line in sorted(chunk.refused + refused))
+
+
+class _Journal:
+    """The state file and the reject file of one load; together they say what need not be done again."""
+
+    def __init__(self, path: Path, options: LoadOptions, meaning: dict[str, Any]) -> None:
+        self.rejects = options.rejects or path.with_name(f"{path.name}.rejects.ndjson")
+        self._path = options.state or path.with_name(f"{path.name}.load-state.json")
+        fresh = _State(_fingerprint(path), meaning | {"rejects": str(self.rejects.absolute())})
+        self.state, self.note = self._recall(fresh, resume=options.resume)
+
+    def _recall(self, fresh: _State, *, resume: bool) -> tuple[_State, str | None]:
+        """The state to go on from, and what to tell people about it."""
+        try:
+            known = msgspec.json.decode(self._path.read_bytes(), type=_State)
+        except FileNotFoundError:
+            return fresh, None
+        except msgspec.MsgspecError:
+            return fresh, f"{self._path} is not a state file of this version; starting anew"
+        if not resume:
+            return fresh, None
+        if known.fingerprint != fresh.fingerprint:
+            return fresh, "the file has changed since it was loaded; starting anew"
+        if known.meaning != fresh.meaning:
+            return fresh, "options have changed since it was loaded; starting anew"
+        if not known.complete and self._rejected_bytes() < known.rejects_bytes:
+            return fresh, "the reject file is gone; starting anew"
+        return known, f"continuing after row {known.rows:,}" if known.rows and not known.complete else None
+
+    def _rejected_bytes(self) -> int:
+        return self.rejects.stat().st_size if self.rejects.exists() else 0
+
+    def open(self) -> None:
+        """Forget rejects that the state does not know of, and see that the state can be written."""
+        if self._rejected_bytes() > self.state.rejects_bytes:
+            os.truncate(self.rejects, self.state.rejects_bytes)
+        self._save()
+
+    def acknowledge(self, chunk: Chunk, receipt: Receipt) -> None:
+        """Note that all rows up to `chunk.end` are done with."""
+        if chunk.end <= self.state.rows:
+            return
+        if lines := _rejections(chunk, receipt):
+            with self.rejects.open("ab") as file:  # before the state, which says how much of it counts
+                file.write(lines)
+            self.state.rejects_bytes += len(lines)
+        self.state.rows = chunk.end
+        self.state.totals.add(receipt)
+        self.state.totals.rejected += len(chunk.refused)
+        self._save()
+
+    def complete(self) -> None:
+        """Note that the end of the file has been reached."""
+        self.state.complete = True
+        self._save()
+        if not self.state.rejects_bytes and self.rejects.exists():
+            self.rejects.unlink()
+
+    def _save(self) -> None:
+        # msgspec writes the fields in a fixed order, indented because people look into it.
+        text = msgspec.json.format(msgspec.json.encode(self.state), indent=2) + b"\n"
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary.write_bytes(text)
+        temporary.replace(self._path)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
+        status = os.fstat(file.fileno())
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "head": head}
+
+
+class _Loader:
+    """One run over all files."""
+
+    def __init__(self, options: LoadOptions, client: Client, tell: Callable[[str], None], progress: Progress) -> None:
+        self._options = options
+        self._client = client
+        self._tell = tell
+        self._progress = progress
+        self.report = LoadReport(files=[FileReport(file=str(path), failure="not started") for path in options.files])
+
+    async def run(self) -> None:
+        """Load each file; one that fails does not stop the others, a service that stays away does."""
+        for path, report in zip(self._options.files, self.report.files, strict=True):
+            report.failure, report.status = None, "interrupted"
+            began = time.monotonic()
+            try:
+                await self._load(path, report)
+            except Unavailable as error:
+                report.status, report.failure = "failed", str(error)
+                return
+            except (Refused, _Unreadable, InvalidRequest) as error:
+                report.status, report.failure = "failed", str(error)
+            except OSError as error:
+                named = error.strerror and f"{error.strerror}: {error.filename}"
+                report.status, report.failure = "failed", named or str(error)
+            except _BROKEN_FILE as error:
+                report.status, report.failure = "failed", str(error) or type(error).__name__
+            finally:
+                report.seconds = round(time.monotonic() - began, 3)
+                report.rows_per_second = round((report.rows - report.resumed_after) / max(report.seconds, 0.001))
+
+    async def _load(self, path: Path, report: FileReport) -> None:
+        options = self._options
+        name = path.name[: -len(path.suffix)] if path.suffix.lower() == ".gz" else path.name
+        kind = options.format or _SUFFIXES.get(Path(name).suffix.lower())
+        if kind is None:
+            raise _Unreadable(f"its name does not tell its format; --format does ({', '.join(_SUFFIXES)} are known)")
+        journal = _Journal(path, options, _meaning(options, kind))
+        state = journal.state
+        report.rows, report.totals = state.rows, state.totals
+        if state.complete:
+            report.resumed_after, report.status = state.rows, "already loaded"
+            self._tell(f"{path}: already loaded, {state.rows:,} rows; --no-resume loads it again.")
+            return
+        report.resumed_after = state.rows
+        if journal.note:
+            self._tell(f"{path}: {journal.note}.")
+        with ExitStack() as stack:
+            source = _open(path, kind, options.columns, stack)
+            symbol = None if "symbol" in source.fields else options.symbol or _symbol_of(name)
+            converter = Converter(symbol=symbol, tz=options.tz, source=options.source)
+            journal.open()
+            bar = self._progress.add_task(path.name, total=source.total, rows=state.rows, rate=0.0)
+            requests = chunks(source, converter, size=options.batch_size, skip=state.rows)
+            try:
+                await self._send(requests, journal, report, bar)
+            finally:
+                report.rejects = str(journal.rejects) if state.rejects_bytes else None
+                report.ignored_columns = sorted(source.ignored)
+                if source.ignored:
+                    self._tell(f"{path}: ignored columns: {', '.join(map(repr, report.ignored_columns))}.")
+        journal.complete()
+        self._progress.update(bar, completed=source.total)
+        report.status = "loaded"
+
+    async def _send(self, requests: Iterator[Chunk], journal: _Journal, report: FileReport, bar: TaskID) -> None:
+        began = time.monotonic()
+
+        async def send(chunk: Chunk) -> Receipt:
+            if not chunk.lines:
+                return Receipt(0, 0, 0, 0, 0, 0, 0, [])
+            return await self._client.send(chunk.lines, on_conflict=self._options.on_conflict, on_error="skip")
+
+        async with aclosing(in_order(requests, send, clash=Chunk.overlaps)) as answers:
+            async for chunk, receipt in answers:
+                journal.acknowledge(chunk, receipt)
+                report.rows = journal.state.rows
+                rate = (report.rows - report.resumed_after) / (time.monotonic() - began)
+                self._progress.update(bar, completed=chunk.position, rows=report.rows, rate=rate)
+
+
+def _meaning(options: LoadOptions, kind: FileFormat) -> dict[str, Any]:
+    """The options that change what is stored, or where."""
+    return {
+        "url": options.url, "format": kind, "symbol": options.symbol, "tz": options.tz, "source": options.source,
+        "on_conflict": options.on_conflict, "columns": dict(sorted(options.columns.items())),
+    }  # fmt: skip
+
+
+def _symbol_of(name: str) -> str:
+    """The symbol that a file is named for."""
+    try:
+        return normal_symbol(Path(name).stem)
+    except InvalidRequest:
+        raise _Unreadable("it has no column of symbols and its name is none; --symbol names it") from None
+
+
+def _check(options: LoadOptions) -> None:
+    if not options.files:
+        raise InvalidRequest("There is no file to load.", parameter="files")
+    if not 1 <= options.batch_size <= MAX_ROWS:
+        raise InvalidRequest(f"A batch is 1 to {MAX_ROWS:,} rows.", parameter="batch_size")
+    if options.symbol is not None:
+        normal_symbol(options.symbol)
+    if options.tz:
+        try:
+            ZoneInfo(options.tz)
+        except (KeyError, ValueError, OSError):
+            raise InvalidRequest("The time zone is an IANA name such as America/New_York.", parameter="tz") from None
+    written = [path for path in (options.state, options.rejects) if path is not None]
+    if written and len(options.files) > 1:
+        raise InvalidRequest("A state or reject file belongs to one loaded file.", parameter="files")
+    files = [path.absolute() for path in (*options.files, *written)]
+    if written and len(set(files)) < len(files):
+        raise InvalidRequest("The loaded file, its state and its rejects are different files.", parameter="files")
+
+
+async def run(options: LoadOptions, *, transport: httpx.AsyncBaseTransport | None = None) -> LoadReport:
+    """Load the files, print a summary or one JSON object, and say what became of each.
+
+    Raises:
+        InvalidRequest: an option has no meaning.
+    """
+    _check(options)
+    console = Console(stderr=True, highlight=False, markup=False)
+    tell = partial(console.print, soft_wrap=True)  # a sentence stays one line in a log
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows  {task.fields[rate]:,.0f}/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    async with Client(options.url, on_wait=tell, transport=transport) as client:
+        loader = _Loader(options, client, tell, progress)
+        report = loader.report
+        with progress:
+            report.interrupted = not await until_interrupted(loader.run())
+    report.rejected = sum(file.totals.rejected for file in report.files if file.status != "already loaded")
+    report.failed = sum(file.status == "failed" for file in report.files)
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    else:
+        _show(report)
+    return report
+
+
+def _show(report: LoadReport) -> None:
+    counts = [{"rows": file.rows} | msgspec.to_builtins(file.totals) for file in report.files]
+    shown = ["rows", "inserted", "updated", "unchanged", "rejected"]
+    shown += [name for name in ("superseded", "rounded", "crossed") if any(count[name] for count in counts)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("file", overflow="fold")
+    for name in (*shown, "seconds", "rows/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for file, count in zip(report.files, counts, strict=True):
+        numbers = [f"{count[column]:,}" for column in shown]
+        table.add_row(Path(file.file).name, *numbers, f"{file.seconds:,.1f}", f"{file.rows_per_second:,}")
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for file in report.files:
+        if file.failure:
+            console.print(f"{file.file}: {file.failure}", soft_wrap=True)
+        if file.status == "interrupted":
+            console.print(
+                f"{file.file}: interrupted; the same command goes on after row {file.rows:,}.", soft_wrap=True
+            )
+        if file.rejects and file.status != "already loaded":
+            console.print(f"{file.file}: rejected rows are in {file.rejects}", soft_wrap=True)

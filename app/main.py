@@ -1,0 +1,112 @@
+"""The composition root: the only place where things are wired, and nothing happens at import.
+
+Invariant: what was started is stopped in reverse order, also after a half-failed start, so the writer has
+drained before its pool closes, and the pool has closed before the embedded database stops.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_fastapi_instrumentator import Instrumentator
+
+from app import __version__, logs, metrics
+from app.api import ohlc, ops, problems, quotes, symbols
+from app.api.access import AccessLog
+from app.api.deps import Services
+from app.db.embedded import embedded_postgres
+from app.db.engine import Database
+from app.db.migrate import head, migrate
+from app.errors import QuotesError
+from app.health import Health
+from app.model import Quote
+from app.repository.quotes import QuoteRepository
+from app.repository.system import SystemRepository
+from app.settings import Settings
+from app.writer import Writer
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service, not yet started: its lifespan brings up the database, the schema, the pools and the writer.
+
+    Raises (from the lifespan):
+        StartupError: the embedded database or a migration cannot be brought up.
+        DatabaseUnavailable: the given database cannot be reached.
+    """
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try:
+                app.state.services = await _wire(stack, settings)
+            except QuotesError as error:
+                log.critical("cannot start", reason=error.detail)
+                raise
+            yield
+
+    app = FastAPI(
+        title="opa-quotes-storage",
+        version=__version__,
+        summary="A quote store over TimescaleDB.",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    instrumentator = Instrumentator(should_group_status_codes=False, excluded_handlers=["/metrics", "/health.*"])
+    instrumentator.add(metrics.observe_request).instrument(app).expose(app, include_in_schema=False)
+    app.add_middleware(AccessLog)
+    problems.install(app)
+    for router in (quotes.router, ohlc.router, symbols.router, ops.router):
+        app.include_router(router)
+    _declare(app)
+    return app
+
+
+def app_from_environment() -> FastAPI:
+    """The service by the environment's settings, for a server that imports it by name."""
+    settings = Settings()
+    logs.configure(settings)
+    return create_app(settings)
+
+
+async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
+    if settings.database_url is None:
+        url = await stack.enter_async_context(embedded_postgres(settings.data_dir))
+    else:
+        url = settings.database_url.get_secret_value()
+    if settings.migrate_on_start:
+        await migrate(url, settings)
+    database = Database(url, settings)
+    stack.push_async_callback(database.close)
+    await database.connect()
+    repository = QuoteRepository(database, settings)
+    writer = await stack.enter_async_context(Writer(repository.write, settings))
+    health = Health(SystemRepository(database), settings, head())
+    report = await health.report()
+    log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
+    return Services(settings, repository, writer, health)
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _declare(app: FastAPI) -> None:
+    """Add to OpenAPI the models that routes refer to by name, as they read and write bytes themselves."""
+    build = app.openapi
+
+    def openapi() -> dict[str, object]:
+        if app.openapi_schema is None:
+            schemas = build()["components"]["schemas"]
+            for model in (Quote, problems.Problem):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+        assert app.openapi_schema is not None  # noqa: S101  built above
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,471 @@
+"""The HTTP interface: answers, problems, paging, and a 4xx for every mistake of a client."""
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import msgspec
+import polars as pl
+import pytest
+
+from app.main import create_app
+from tests.conftest import Lane, random_symbol, running
+from tests.test_repository import T0, polars_every, resample
+
+JSON = {"content-type": "application/json"}
+NDJSON = {"content-type": "application/x-ndjson"}
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["status"] == status
+    assert body["code"] == code
+    assert body["type"] == f"urn:problem:opa-quotes:{code}"
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert {"title", "detail", "instance", "errors"} <= body.keys()
+    return body
+
+
+def row(symbol: str, second: int = 0, price: Any = 1, **fields: Any) -> dict[str, Any]:
+    return {"symbol": symbol, "timestamp": f"2026-11-16T00:00:{second:02d}Z", "price": price, **fields}
+
+
+async def post(client: httpx.AsyncClient, rows: Any, **query: str) -> httpx.Response:
+    return await client.post("/v1/quotes", json=rows, params=query)
+
+
+# --- ingest ---
+
+
+@pytest.mark.parametrize("shape", ["object", "array", "ndjson", "jsonl"])
+async def test_each_shape_of_body_is_stored(client: httpx.AsyncClient, symbol: str, shape: str) -> None:
+    rows = [row(symbol, i, f"{i + 1}.10") for i in range(3)]
+    if shape == "object":
+        answer = await post(client, {"quotes": rows})
+    elif shape == "array":
+        answer = await post(client, rows)
+    else:
+        lines = "\r\n\n".join(json.dumps(r) for r in rows) + "\n"
+        media = "application/x-ndjson; charset=utf-8" if shape == "ndjson" else "application/jsonl"
+        answer = await client.post("/v1/quotes", content=lines, headers={"content-type": media})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {
+        "received": 3, "inserted": 3, "updated": 0, "unchanged": 0, "superseded": 0, "rounded": 0, "crossed": 0,
+        "rejected": [],
+    }  # fmt: skip
+    found = await client.get("/v1/quotes", params={"symbols": symbol.lower(), "start": "2026-11-16"})
+    assert found.text == (
+        '{"quotes":['
+        + ",".join(
+            f'{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:0{i}Z","price":{i + 1}.1,"bid":null,"ask":null,'
+            '"bid_size":null,"ask_size":null,"volume":null,"source":null}'
+            for i in range(3)
+        )
+        + '],"next_page_token":null}'
+    )
+
+
+async def test_numbers_keep_every_digit(client: httpx.AsyncClient, symbol: str) -> None:
+    body = f'[{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:00.000001Z","price":123456789012.12345678}}]'
+    assert (await client.post("/v1/quotes", content=body, headers=JSON)).status_code == 200
+    found = await client.get("/v1/quotes/latest", params={"symbols": symbol})
+    assert '"price":123456789012.12345678' in found.text
+    assert '"timestamp":"2026-11-16T00:00:00.000001Z"' in found.text
+
+
+async def test_receipts_by_conflict_rule(client: httpx.AsyncClient, symbol: str) -> None:
+    assert (await post(client, [row(symbol)])).json()["inserted"] == 1
+    refused = problem(await post(client, [row(symbol), row(symbol, 1)], on_conflict="error"), 409, "conflict")
+    assert refused["errors"] == [
+        {
+            "code": "already-stored",
+            "detail": "A quote with this key is stored already.",
+            "pointer": "/0/timestamp",
+            "index": 0,
+        }
+    ]
+    assert (await post(client, [row(symbol, 0, 2)], on_conflict="ignore")).json()["unchanged"] == 1
+    assert (await post(client, {"quotes": [row(symbol, 0, 2)]})).json()["updated"] == 1
+
+
+async def test_skip_lists_the_refused_rows(client: httpx.AsyncClient, symbol: str) -> None:
+    body = b"\n".join([json.dumps(row(symbol)).encode(), b"{oops", b"", json.dumps(row(symbol, 1, 0)).encode()])
+    answer = await client.post("/v1/quotes?on_error=skip", content=body, headers=NDJSON)
+    receipt = answer.json()
+    assert (receipt["received"], receipt["inserted"]) == (3, 1)
+    assert [(r["index"], r["pointer"], r["code"]) for r in receipt["rejected"]] == [
+        (1, "/1", "not-an-object"),
+        (2, "/2/price", "price-not-positive"),
+    ]
+
+
+def bad_bodies() -> Iterator[Any]:
+    """Bodies with one wrong row at index 1 of two; id, text of the row, pointer, code."""
+    head = '{"symbol":"SYM","timestamp":'
+    when = f'{head}"2026-11-16T00:00:00Z",'
+    cases = {
+        "naive": (f'{head}"2026-11-16T00:00:00","price":1}}', "timestamp", "timestamp-naive"),
+        "nan": (when + '"price":NaN}', "price", "not-finite"),
+        "infinity": (when + '"bid":Infinity,"price":1}', "bid", "not-finite"),
+        "huge": (when + '"price":1e400}', "price", "price-out-of-range"),
+        "negative": (when + '"price":-1}', "price", "price-not-positive"),
+        "surrogate": (when + '"price":1,"source":"\\ud800"}', "source", "not-unicode"),
+        "nul": ('{"symbol":"A\\u0000","timestamp":"2026-11-16T00:00:00Z","price":1}', "symbol", "symbol-invalid"),
+        "future": (f'{head}"2999-01-01T00:00:00Z","price":1}}', "timestamp", "timestamp-in-future"),
+        "past": (f'{head}"0001-01-01T00:00:00Z","price":1}}', "timestamp", "timestamp-too-old"),
+        "no price": (when[:-1] + "}", "price", "price-missing"),
+        "typo": (when + '"prise":1}', "prise", "unknown-field"),
+        "null": ("null", "", "not-an-object"),
+    }
+    for name, (text, field, code) in cases.items():
+        yield pytest.param(text, f"/quotes/1/{field}".rstrip("/"), code, id=name)
+
+
+@pytest.mark.parametrize(("text", "pointer", "code"), list(bad_bodies()))
+async def test_a_bad_row_is_named_and_nothing_is_stored(
+    client: httpx.AsyncClient, symbol: str, text: str, pointer: str, code: str
+) -> None:
+    body = f'{{"quotes":[{json.dumps(row(symbol))},{text}]}}'
+    answer = problem(await client.post("/v1/quotes", content=body, headers=JSON), 422, "invalid-quotes")
+    assert [(e["pointer"], e["code"], e["index"]) for e in answer["errors"]] == [(pointer, code, 1)]
+    assert (await client.get("/v1/quotes/count", params={"symbols": symbol})).json()["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "code"),
+    [
+        (b"", JSON, 400, "malformed-body"),
+        (b'{"quotes":[', JSON, 400, "malformed-body"),
+        (b'[{"symbol":"A"', JSON, 400, "malformed-body"),
+        (b"\xff\xfe", JSON, 400, "malformed-body"),
+        (b"[" * 100_000, JSON, 400, "malformed-body"),
+        (b"[" + b"9" * 10_000 + b"]", JSON, 400, "malformed-body"),
+        (b"3", JSON, 400, "malformed-body"),
+        (b'{"quotes":{}}', JSON, 400, "malformed-body"),
+        (b'{"quotes":[],"more":1}', JSON, 400, "malformed-body"),
+        (b"[]", JSON, 400, "invalid-request"),
+        (b'{"quotes":[]}', JSON, 400, "invalid-request"),
+        (b"", NDJSON, 400, "invalid-request"),
+        (b"\n\n", NDJSON, 400, "invalid-request"),
+        (b"<quote/>", {"content-type": "text/xml"}, 415, "unsupported-media-type"),
+        (b"[]", {**JSON, "content-encoding": "br"}, 415, "unsupported-media-type"),
+    ],
+)
+async def test_a_body_that_holds_no_quotes(
+    client: httpx.AsyncClient, body: bytes, headers: dict[str, str], status: int, code: str
+) -> None:
+    problem(await client.post("/v1/quotes", content=body, headers=headers), status, code)
+
+
+async def test_too_many_rows_and_bytes(lane: Lane, symbol: str) -> None:
+    small = lane.make_settings(max_body_bytes=4096, max_batch_rows=20)
+    async with running(create_app(small)) as client:
+        problem(await post(client, [row(symbol, i % 60) for i in range(21)]), 413, "body-too-large")
+        problem(await post(client, [row(symbol, 0, 1, source="x" * 5000)]), 413, "body-too-large")
+
+        async def drip() -> Any:
+            for _ in range(100):
+                yield b" " * 100
+
+        problem(await client.post("/v1/quotes", content=drip(), headers=JSON), 413, "body-too-large")
+        assert (await client.get("/v1/quotes/count", params={"symbols": symbol})).json()["count"] == 0
+
+
+async def test_a_million_and_one_rows(client: httpx.AsyncClient, symbol: str) -> None:
+    text = json.dumps(row(symbol)).encode()
+    body = b"[" + b",".join([text] * 1_000_001) + b"]"
+    problem(await client.post("/v1/quotes", content=body, headers=JSON), 413, "body-too-large")
+    assert (await client.get("/v1/quotes/count", params={"symbols": symbol})).json()["count"] == 0
+
+
+async def test_a_body_that_does_not_arrive(lane: Lane) -> None:
+    async with running(create_app(lane.make_settings(body_timeout="50 ms"))) as client:
+
+        async def stall() -> Any:
+            yield b"["
+            await asyncio.sleep(5)
+
+        problem(await client.post("/v1/quotes", content=stall(), headers=JSON), 408, "body-timeout")
+
+
+# --- queries ---
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter"),
+    [
+        ("/v1/quotes?symbols=A&colour=red", "colour"),
+        ("/v1/quotes", "symbols"),
+        ("/v1/quotes?symbols=", "symbols"),
+        ("/v1/quotes?symbols=a%20b", "symbols"),
+        ("/v1/quotes?symbols=%00", "symbols"),
+        ("/v1/quotes?symbols=%ed%a0%80", "symbols"),
+        ("/v1/quotes?symbols=" + ",".join(f"S{i}" for i in range(501)), "symbols"),
+        ("/v1/quotes?symbols=A&start=2026-11-16T00:00:00", "start"),
+        ("/v1/quotes?symbols=A&start=soon", "start"),
+        ("/v1/quotes?symbols=A&start=1700000000", "start"),
+        ("/v1/quotes?symbols=A&start=0001-01-01T00:00:00%2B14:00", "start"),
+        ("/v1/quotes?symbols=A&start=2026-11-17&end=2026-11-16", "start"),
+        ("/v1/quotes?symbols=A&start=2026-11-16&end=2026-11-16", "start"),
+        ("/v1/quotes?symbols=A&end=0001-01-01", "end"),
+        ("/v1/quotes?symbols=A&limit=0", "limit"),
+        ("/v1/quotes?symbols=A&limit=10001", "limit"),
+        ("/v1/quotes?symbols=A&limit=NaN", "limit"),
+        ("/v1/quotes?symbols=A&limit=99999999999999999999", "limit"),
+        ("/v1/quotes?symbols=A&sort=up", "sort"),
+        ("/v1/quotes?symbols=A&page_token=forged", "page_token"),
+        ("/v1/quotes?symbols=A&page_token=%00%ff", "page_token"),
+        ("/v1/quotes?symbols=A&page_token=" + "A" * 600, "page_token"),
+        ("/v1/quotes/intraday?symbol=A&date=2026-02-30", "date"),
+        ("/v1/quotes/intraday?symbol=A&tz=Mars", "tz"),
+        ("/v1/quotes/intraday?symbol=A&date=9999-12-31", "date"),
+        ("/v1/quotes/intraday?date=2026-02-03", "symbol"),
+        ("/v1/quotes/latest?symbols=,", "symbols"),
+        ("/v1/quotes/count?start=2026-11-17&end=2026-11-16", "start"),
+        ("/v1/ohlc?symbols=A", "interval"),
+        ("/v1/ohlc?symbols=A&interval=1y", "interval"),
+        ("/v1/ohlc?symbols=A&interval=0m", "interval"),
+        ("/v1/ohlc?symbols=A&interval=9999999M", "interval"),
+        ("/v1/ohlc?symbols=A&interval=3650d&end=1000-01-01", "start"),
+        ("/v1/ohlc?symbols=A&interval=1m&price=best", "price"),
+        ("/v1/summary/daily?symbols=A&interval=1d", "interval"),
+        ("/v1/symbols?limit=0", "limit"),
+        ("/v1/symbols?page_token=a%20b", "symbols"),
+    ],
+)
+async def test_a_bad_query_names_its_parameter(client: httpx.AsyncClient, path: str, parameter: str) -> None:
+    answer = await client.get(path)
+    code = "invalid-page-token" if parameter == "page_token" and len(path) < 500 else "invalid-request"
+    assert parameter in [error.get("parameter") for error in problem(answer, 400, code)["errors"]]
+
+
+async def test_other_refusals(client: httpx.AsyncClient) -> None:
+    problem(await client.get("/v1/nothing"), 404, "not-found")
+    problem(await client.put("/v1/quotes"), 405, "method-not-allowed")
+    problem(await client.get("/v1/symbols", headers={"accept": "text/csv, image/*;q=0.5"}), 406, "not-acceptable")
+    for accept in ("*/*", "application/json;q=0.9", "text/html, application/*", "text/csv;q=0, application/json"):
+        assert (await client.get("/v1/symbols", headers={"accept": accept})).status_code == 200
+
+
+async def test_request_ids(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/health/live", headers={"x-request-id": "abc-1"})
+    assert answer.headers["x-request-id"] == "abc-1"
+    answer = await client.get("/health/live", headers={"x-request-id": "bad id\t"})
+    assert len(answer.headers["x-request-id"]) == 16
+
+
+async def test_a_plus_that_was_not_encoded_is_given_back(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol)])
+    found = await client.get(f"/v1/quotes?symbols={symbol}&start=2026-11-16T02:00:00+02:00&end=2026-11-17")
+    assert len(found.json()["quotes"]) == 1
+
+
+async def test_defaults_cover_the_last_day(client: httpx.AsyncClient, symbol: str) -> None:
+    now = datetime.now(UTC)
+    stamps = [now - timedelta(hours=25), now - timedelta(hours=23), now - timedelta(seconds=5)]
+    await post(client, [{"symbol": symbol, "timestamp": t.isoformat(), "price": 1} for t in stamps])
+    assert len((await client.get("/v1/quotes", params={"symbols": symbol})).json()["quotes"]) == 2
+    today = await client.get("/v1/quotes/intraday", params={"symbol": symbol})
+    assert len(today.json()["quotes"]) == sum(t.date() == now.date() for t in stamps)
+    bars = await client.get("/v1/ohlc", params={"symbols": symbol, "interval": "1h"})
+    assert sum(bar["count"] for bar in bars.json()["bars"]) == 3
+
+
+async def test_pages_are_linked_and_bound_to_their_query(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol, i) for i in range(5)])
+    path: str | None = f"/v1/quotes?symbols={symbol}&start=2026-11-16&limit=2&sort=desc"
+    seconds: list[str] = []
+    tokens = []
+    while path:
+        answer = await client.get(path)
+        assert answer.status_code == 200, answer.text
+        page = answer.json()
+        seconds += [q["timestamp"][-3:] for q in page["quotes"]]
+        path = answer.links["next"]["url"] if "next" in answer.links else None
+        assert (path is None) == (page["next_page_token"] is None)
+        tokens.append(page["next_page_token"])
+    assert seconds == ["04Z", "03Z", "02Z", "01Z", "00Z"]
+    base = {"symbols": symbol, "start": "2026-11-16", "sort": "desc", "page_token": tokens[0]}
+    assert len((await client.get("/v1/quotes", params={**base, "limit": 3})).json()["quotes"]) == 3
+    for other in (
+        {"symbols": random_symbol()},
+        {"sort": "asc"},
+        {"start": "2026-11-15"},
+        {"page_token": tokens[0][:-2]},
+    ):
+        problem(await client.get("/v1/quotes", params={**base, **other}), 400, "invalid-page-token")
+
+
+async def test_latest_lists_what_is_missing(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol, 0), row(symbol, 1, 2)])
+    unknown = random_symbol()
+    found = (await client.get("/v1/quotes/latest", params={"symbols": f"{unknown},{symbol},{symbol}"})).json()
+    assert [(q["symbol"], q["price"]) for q in found["quotes"]] == [(symbol, 2)]
+    assert found["missing"] == [unknown]
+    everything = (await client.get("/v1/quotes/latest")).json()
+    assert symbol in [q["symbol"] for q in everything["quotes"]]
+
+
+async def test_symbols_page_by_page(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol, 1), row(symbol, 3)])
+    everything = (await client.get("/v1/symbols")).json()["symbols"]
+    assert {"symbol": symbol, "first": "2026-11-16T00:00:01Z", "last": "2026-11-16T00:00:03Z"} in everything
+    names = [entry["symbol"] for entry in everything]
+    assert names == sorted(names)
+    paged: list[str] = []
+    token: str | None = ""
+    while token is not None:
+        page = (await client.get("/v1/symbols", params={"limit": 7, **({"page_token": token} if token else {})})).json()
+        paged += [entry["symbol"] for entry in page["symbols"]]
+        token = page["next_page_token"]
+    assert paged == names
+
+
+async def test_daily_summary(client: httpx.AsyncClient, symbol: str) -> None:
+    prices = ["10", "12.5", "8", "9"]
+    await post(client, [row(symbol, i, p, volume=10 * i) for i, p in enumerate(prices)])
+    found = await client.get("/v1/summary/daily", params={"symbols": symbol, "start": "2026-11-16"})
+    assert found.json()["summaries"] == [
+        {
+            "symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "open": 10, "high": 12.5, "low": 8, "close": 9,
+            "volume": 60, "vwap": 9.25, "count": 4, "range": 4.5, "change": -1, "change_percent": -10, "final": True,
+        }
+    ]  # fmt: skip
+
+
+async def test_count_estimate(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol)])
+    exact = {"symbols": symbol, "start": "2026-11-16", "end": "2026-11-17"}
+    assert (await client.get("/v1/quotes/count", params=exact)).json() == {"count": 1, "exact": True}
+    assert (await client.get("/v1/quotes/count", params={**exact, "estimate": True})).json()["exact"] is False
+
+
+async def test_fifty_thousand_quotes_in_any_order(client: httpx.AsyncClient) -> None:
+    """Random order, random batch sizes, duplicates: the table is the dict, pages are the whole, bars are polars'."""
+    rng = random.Random(20261120)
+    symbols = sorted(random_symbol() for _ in range(8))
+    model: dict[tuple[str, datetime], dict[str, Any]] = {}
+    posted = 0
+    expected = {"inserted": 0, "updated": 0, "unchanged": 0, "superseded": 0}
+    while posted < 50_000:
+        size = min(rng.choice((1, 10, 500, 3000, 10_000)), 50_000 - posted)
+        rows = []
+        before = dict(model)
+        for _ in range(size):
+            # A third falls on the whole seconds of two hours with one of two values, the rest anywhere in five days.
+            repeats = rng.random() < 0.33
+            micros = rng.randrange(7200) * 10**6 if repeats else rng.randrange(5 * 86_400 * 10**6)
+            at = T0 - timedelta(days=4) + timedelta(microseconds=micros)
+            quote: dict[str, Any] = {
+                "symbol": rng.choice(symbols),
+                "timestamp": at,
+                "price": Decimal(rng.randrange(1, 3) if repeats else rng.randrange(1, 10**7)).scaleb(-4),
+                "volume": 1 if repeats else rng.randrange(1000),
+            }
+            rows.append(quote)
+            model[quote["symbol"], at] = quote
+        answer = await client.post("/v1/quotes", content=msgspec.json.encode(rows), headers=JSON)
+        assert answer.status_code == 200, answer.text
+        receipt = answer.json()
+        keys = {(r["symbol"], r["timestamp"]) for r in rows}
+        changed = sum(key in before and _values(before[key]) != _values(model[key]) for key in keys)
+        want = {
+            "inserted": len(model) - len(before),
+            "updated": changed,
+            "unchanged": sum(key in before for key in keys) - changed,
+            "superseded": size - len(keys),
+        }
+        assert {name: receipt[name] for name in want} == want
+        for name, value in want.items():
+            expected[name] += value
+        posted += size
+    assert min(expected.values()) > 0, "the data exercises every outcome"
+
+    span = {"symbols": ",".join(symbols), "start": "2026-11-01", "end": "2026-12-01"}
+    found: dict[tuple[str, datetime], dict[str, Any]] = {}
+    token: dict[str, str] = {}
+    while True:
+        page = (await client.get("/v1/quotes", params={**span, "limit": "9973", **token})).json()
+        for q in page["quotes"]:
+            key = (q["symbol"], datetime.fromisoformat(q["timestamp"]))
+            assert key not in found
+            found[key] = q
+        if page["next_page_token"] is None:
+            break
+        token = {"page_token": page["next_page_token"]}
+    assert list(found) == sorted(model)
+    assert {k: (Decimal(str(q["price"])), q["volume"]) for k, q in found.items()} == {
+        k: _values(q) for k, q in model.items()
+    }
+
+    raw = [{"bid": None, "ask": None, **q} for q in model.values()]
+    for interval in ("1m", "5m", "1h", "1d"):
+        bars: list[dict[str, Any]] = []
+        token = {}
+        while True:
+            page = (
+                await client.get("/v1/ohlc", params={**span, "interval": interval, "limit": "10000", **token})
+            ).json()
+            bars += page["bars"]
+            if page["next_page_token"] is None:
+                break
+            token = {"page_token": page["next_page_token"]}
+        names = ("open", "high", "low", "close", "volume", "count")
+        assert [
+            (b["symbol"], datetime.fromisoformat(b["timestamp"]), *(Decimal(str(b[n])) for n in names)) for b in bars
+        ] == [
+            (b["symbol"], b["timestamp"], *(b[n] for n in names))
+            for b in resample(raw, polars_every(interval), pl.col("price"))
+        ]
+
+
+def _values(quote: dict[str, Any]) -> tuple[Decimal, int]:
+    return quote["price"], quote["volume"]
+
+
+# --- operations ---
+
+
+async def test_openapi_names_operations_and_problems(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    operations = {op["operationId"] for path in document["paths"].values() for op in path.values()}
+    assert operations == {
+        "ingest_quotes", "list_quotes", "latest_quotes", "intraday_quotes", "count_quotes", "list_bars",
+        "list_daily_summaries", "list_symbols", "health", "live", "ready",
+    }  # fmt: skip
+    text = json.dumps(document)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in document["components"]["schemas"], name
+    assert "Problem" in document["components"]["schemas"]
+    assert (await client.get("/docs")).status_code == 200
+
+
+async def test_metrics_count_what_was_done(client: httpx.AsyncClient, symbol: str) -> None:
+    def read(text: str) -> dict[str, float]:
+        pairs = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    before = read((await client.get("/metrics")).text)
+    await post(client, [row(symbol), row(symbol, 0, 2)])
+    await post(client, [row(symbol, 0, -1)])
+    await client.get("/v1/quotes/latest", params={"symbols": symbol})
+    after = read((await client.get("/metrics")).text)
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grew('quotes_ingest_rows_total{result="inserted"}') == 1
+    assert grew('quotes_ingest_rows_total{result="superseded"}') == 1
+    assert grew('quotes_ingest_rows_total{result="rejected"}') == 1
+    assert grew('quotes_ingest_rejected_requests_total{reason="invalid-quotes"}') == 1
+    assert grew('quotes_http_requests_total{code="200",handler="/v1/quotes/latest",method="GET"}') == 1
+    assert grew("quotes_writer_flush_rows_count") == 1
+    assert after["quotes_writer_queue_rows"] == 0
+    assert not any("_created" in name for name in after)

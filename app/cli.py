@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,7 +20,7 @@ import httpx
 import msgspec
 import typer
 import uvicorn
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -294,6 +295,9 @@ def list_settings(*, as_json: Json = False) -> None:
 
 
 def _plain(value: object) -> str:
-    if hasattr(value, "total_seconds"):
-        return f"{value.total_seconds():g} s"
-    return "(set)" if hasattr(value, "get_secret_value") else str(value)
+    if isinstance(value, timedelta):
+        days, seconds = value.days, value.total_seconds()
+        return f"{days} day{'s' if days > 1 else ''}" if days and not value.seconds else f"{seconds:g} s"
+    if isinstance(value, SecretStr):
+        return "a constant"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,81 @@
+"""The documents name every setting, route, metric, problem and code there is."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+from typer.testing import CliRunner
+
+from app import __version__, cli, errors
+from app.main import create_app
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    rows = json.loads(CliRunner().invoke(cli.app, ["settings", "--json"]).stdout)
+    assert len(rows) == len(Settings.model_fields)
+    for row in rows:
+        default = f"`{row['default']}`" if row["default"] else ""
+        assert f"| `{row['variable']}` | {default} | {row['meaning']} |" in README
+
+
+def test_every_route_is_in_the_readme() -> None:
+    paths = create_app(Settings(_env_file=None)).openapi()["paths"]
+    for path, operations in paths.items():
+        for method in operations:
+            assert f"`{method.upper()} {path}`" in README or f"`{path}`" in README, path
+
+
+def test_every_metric_is_documented_and_nothing_else() -> None:
+    declared = {
+        name
+        for collector in REGISTRY._collector_to_names
+        for name in [getattr(collector, "_name", "")]
+        if name.startswith("quotes_")
+    }
+    listed = {
+        name.removesuffix("_total") for name in re.findall(r"`(quotes_\w+)`", (ROOT / "docs/metrics.md").read_text())
+    }
+    assert listed == declared
+
+
+def test_every_problem_and_every_code_is_documented() -> None:
+    codes = {kind.code for kind in _tree(errors.QuotesError)} - {"internal-error", "startup-error", "client-error"}
+    # In these modules every hyphenated word in quotes is the code of a refused row.
+    for module in ("model.py", "repository/quotes.py"):
+        codes |= set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', (ROOT / "app" / module).read_text()))
+    assert len(codes) > 25
+    for code in codes:
+        assert f"`{code}`" in API, code
+
+
+def _tree(kind: type[errors.QuotesError]) -> set[type[errors.QuotesError]]:
+    ours = {sub for sub in kind.__subclasses__() if sub.__module__ == "app.errors"}
+    return {kind}.union(*(_tree(sub) for sub in ours))
+
+
+def test_every_error_is_drawn_in_the_tree() -> None:
+    assert errors.__doc__ is not None
+    for kind in _tree(errors.QuotesError):
+        assert re.search(rf"\b{kind.__name__}\b", errors.__doc__), kind
+
+
+@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=str)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_changelog_has_the_version() -> None:
+    assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_alembic_is_not_shadowed() -> None:
+    assert not (ROOT / "alembic" / "__init__.py").exists()

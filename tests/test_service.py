@@ -1,0 +1,229 @@
+"""The service as a process: restarts, kill -9 in mid-load, draining, several workers, the command line."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from app import __version__
+from tests.conftest import Serve, Service, random_symbol
+
+START = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+def batch(symbol: str, first: int, count: int) -> dict[str, Any]:
+    times = ((START + timedelta(milliseconds=first + i)).isoformat() for i in range(count))
+    return {"quotes": [{"symbol": symbol, "timestamp": at, "price": 1 + first % 7} for at in times]}
+
+
+def count(url: str, symbol: str) -> int:
+    return int(httpx.get(f"{url}/v1/quotes/count", params={"symbols": symbol}, timeout=30).json()["count"])
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments], check=False, capture_output=True, text=True,
+        env={**os.environ, **environment}, timeout=120,
+    )  # fmt: skip
+
+
+def test_quotes_are_there_after_a_restart(serve: Serve, shared_dir: Path, symbol: str) -> None:
+    data = shared_dir / "restart"
+    with serve(data) as service:
+        assert httpx.post(f"{service.url}/v1/quotes", json=batch(symbol, 0, 10)).json()["inserted"] == 10
+    began = time.monotonic()
+    with serve(data) as service:
+        assert time.monotonic() - began < 30
+        latest = httpx.get(f"{service.url}/v1/quotes/latest", params={"symbols": symbol}).json()
+        assert latest["quotes"][0]["timestamp"] == "2026-11-01T00:00:00.009Z"
+        bars = httpx.get(f"{service.url}/v1/ohlc", params={"symbols": symbol, "interval": "1d", "start": "2026-11-01"})
+        assert bars.json()["bars"][0]["count"] == 10
+        assert count(service.url, symbol) == 10
+        second = command("serve", "--port", "0", "--data-dir", str(data))
+        assert second.returncode != 0
+        assert "in use by another service" in second.stderr
+        assert "Traceback" not in second.stderr
+
+
+async def hammer(service: Service, kill: Callable[[], None], after: float) -> tuple[dict[str, int], int]:
+    """Post from four clients until the service dies; acknowledged rows by symbol, and requests in doubt."""
+    acknowledged: dict[str, int] = {}
+    in_doubt = 0
+
+    async def client(symbol: str) -> None:
+        nonlocal in_doubt
+        async with httpx.AsyncClient(timeout=20) as http:
+            for first in range(0, 10**9, 500):
+                try:
+                    answer = await http.post(f"{service.url}/v1/quotes", json=batch(symbol, first, 500))
+                except httpx.TransportError:
+                    in_doubt += 1
+                    return
+                if answer.status_code != 200:
+                    in_doubt += 1
+                    return
+                acknowledged[symbol] = first + answer.json()["inserted"]
+
+    clients = [asyncio.create_task(client(random_symbol())) for _ in range(4)]
+    await asyncio.sleep(after)
+    kill()
+    await asyncio.gather(*clients)
+    return acknowledged, in_doubt
+
+
+@pytest.mark.parametrize("victim", ["service", "database"])
+async def test_kill_9_loses_nothing_acknowledged(serve: Serve, shared_dir: Path, victim: str) -> None:
+    data = shared_dir / f"killed-{victim}"
+    for round_ in range(2):
+        with serve(data) as service:
+            postmaster = int((data / "pgdata" / "postmaster.pid").read_text().split()[0])
+            target = service.process.pid if victim == "service" else postmaster
+
+            def kill(target: int = target) -> None:
+                os.kill(target, signal.SIGKILL)
+
+            acknowledged, in_doubt = await hammer(service, kill, 1.0 + round_ / 2)
+            assert len(acknowledged) == 4
+            assert in_doubt == 4, "the kill came in mid-load"
+            if victim == "database":
+                # Its children end when they see that it is gone; then the directory is free again.
+                service.process.terminate()
+                service.process.wait(30)
+        with serve(data) as service:
+            for symbol, rows in acknowledged.items():
+                found = count(service.url, symbol)
+                assert found >= rows, "an acknowledged quote is lost"
+                assert found % 500 == 0, "a batch is torn"
+                assert found <= rows + 500
+
+
+async def test_stopping_answers_what_was_accepted(serve: Serve, shared_dir: Path) -> None:
+    data = shared_dir / "stopping"
+    with serve(data) as service:
+        acknowledged, _ = await hammer(service, service.process.terminate, 1.0)
+        assert service.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+    with serve(data) as service:
+        for symbol, rows in acknowledged.items():
+            assert rows <= count(service.url, symbol) <= rows + 500
+
+
+def test_several_workers_share_one_embedded_database(serve: Serve, shared_dir: Path, symbol: str) -> None:
+    with serve(shared_dir / "workers", "--workers", "2") as service:
+        for i in range(20):
+            answer = httpx.post(f"{service.url}/v1/quotes", json=batch(symbol, i, 1))
+            assert answer.status_code == 200, answer.text
+        assert count(service.url, symbol) == 20
+        time.sleep(0.2)
+        series = [
+            line for line in httpx.get(f"{service.url}/metrics").text.splitlines()
+            if line.startswith('quotes_ingest_rows_total{result="inserted"}')
+        ]  # fmt: skip
+        assert series == ['quotes_ingest_rows_total{result="inserted"} 20.0'], "counted across processes"
+
+
+def test_health_on_the_command_line(serve: Serve, shared_dir: Path) -> None:
+    data = shared_dir / "health"
+    missing = command("health", "--data-dir", str(data))
+    assert missing.returncode == 1
+    report = json.loads(missing.stdout)
+    assert report["overall_status"] == "unhealthy"
+    assert {name: check["status"] for name, check in report["checks"].items()} == {
+        "database": "unhealthy", "timescaledb": "skipped", "hypertable": "skipped",
+    }  # fmt: skip
+    with serve(data, ready=False):
+        found = command("health", "--data-dir", str(data), "--wait", "60", "--retry", "60")
+        assert found.returncode == 0, found.stderr
+        report = json.loads(found.stdout)
+    assert report["overall_status"] == "healthy"
+    assert report["level"] == "postgresql"
+    assert report["checks"]["timescaledb"]["status"] == "skipped"
+    assert report["checks"]["database"]["latency_ms"] > 0
+
+
+def test_a_result_is_reported_to_a_supervisor(serve: Serve, shared_dir: Path) -> None:
+    received: list[dict[str, Any]] = []
+
+    class Supervisor(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append(json.loads(body))
+            self.send_response(500 if len(received) == 1 else 204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Supervisor) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        with serve(shared_dir / "reported"):
+            told = command("health", "--data-dir", str(shared_dir / "reported"), "--report", url)
+        server.shutdown()
+        thread.join()
+    assert told.returncode == 0, told.stderr
+    assert [report["overall_status"] for report in received] == ["healthy", "healthy"], "a failed report is retried"
+    unheard = command("health", "--data-dir", str(shared_dir / "reported"), "--report", url)
+    assert unheard.returncode == 1
+    assert "could not be reported" in unheard.stderr
+
+
+def test_migrating_on_the_command_line(shared_dir: Path) -> None:
+    data = str(shared_dir / "migrated")
+    assert "The schema is at 0003" in command("migrate", "--data-dir", data).stderr
+    assert "The schema is at base" in command("migrate", "base", "--down", "--data-dir", data).stderr
+    unknown = command("migrate", "9999", "--data-dir", data)
+    assert unknown.returncode == 1
+    assert "error: Migration failed" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
+
+
+def test_mistakes_are_one_sentence(shared_dir: Path) -> None:
+    away = command("migrate", QUOTES_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
+    assert (away.returncode, away.stderr) == (1, "error: The database cannot be reached.\n")
+    wrong = command("health", QUOTES_DATABASE_URL="mysql://localhost/x")
+    assert wrong.returncode == 2
+    assert "QUOTES_DATABASE_URL" in wrong.stderr
+    assert "must be a plain postgresql:// URL" in wrong.stderr
+    serving = command("serve", "--port", "0", QUOTES_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
+    assert serving.returncode != 0
+    assert "cannot be reached" in serving.stderr
+    assert "Traceback" not in serving.stderr
+
+
+def test_version_and_settings() -> None:
+    assert command("--version").stdout.strip() == __version__
+    listed = json.loads(command("settings", "--json").stdout)
+    assert {"variable", "default", "meaning"} == set(listed[0])
+    assert "QUOTES_DATABASE_URL" in command("settings").stdout
+    assert "serve" in command().stdout + command("--help").stdout
+
+
+def test_a_file_is_loaded_and_the_exit_status_tells_of_bad_rows(service_url: str, tmp_path: Path, symbol: str) -> None:
+    file = tmp_path / "ticks.csv"
+    file.write_text("timestamp,price\n2026-11-16T00:00:00Z,1.5\n2026-11-16T00:00:01Z,2.5\n")
+    arguments = ("load", str(file), "--url", service_url, "--symbol", symbol, "--json")
+    good = command(*arguments)
+    assert good.returncode == 0, good.stderr
+    json.loads(good.stdout)
+    assert count(service_url, symbol) == 2
+    file.write_text("timestamp,price\n2026-11-16T00:00:02Z,-1\n2026-11-16T00:00:03Z,4\n")
+    assert command(*arguments).returncode == 1
+    assert count(service_url, symbol) == 3
+
+
+def test_the_demo_feeds_a_service(service_url: str) -> None:
+    told = command("demo", "--url", service_url, "--days", "0", "--duration", "2", "--rate", "20", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["live"] > 0

@@ -39,6 +39,8 @@ from app.settings import Settings
 
 #: Longest wait for requests in flight when the service stops; the writer drains after that.
 _GRACE: Final = 25
+#: Longer than the pools of usual clients and proxies keep a connection, so that none is closed under a request.
+_KEEP_ALIVE: Final = 75
 
 app = typer.Typer(
     name="opa-quotes",
@@ -108,6 +110,7 @@ def serve(
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_GRACE,
+            timeout_keep_alive=_KEEP_ALIVE,
         )
 
 

@@ -53,6 +53,10 @@ _TICK: Final = Decimal("0.00000001")
 _PRICE_LIMIT: Final = Decimal(10) ** 12
 _ZERO: Final = pa.scalar(Decimal(0), pa.decimal128(20, 8))
 _HALF: Final = pa.scalar(Decimal("0.5"), pa.decimal128(2, 1))
+_NO_NUMBER: Final = object()
+_PLAIN_INSTANT: Final = (
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
+)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -63,18 +67,12 @@ def _rfc3339(value: object) -> object:
     raise PydanticCustomError("timestamp_format", "Input should be an RFC 3339 date and time with an offset")
 
 
-def _no_bool(value: object) -> object:
-    if value is True or value is False:
-        raise PydanticCustomError("int_type", "Input should be a whole number, not a boolean")
-    return value
-
-
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
 Price = Annotated[
     Decimal,
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
-Size = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_no_bool)]  # an int64; the sign is a rule
+Size = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # an int64; the sign is a rule
 
 
 class Quote(BaseModel):
@@ -206,6 +204,29 @@ class Batch:
         )
 
 
+def _typed(name: str, values: list[Any]) -> list[Any] | pa.Array:
+    """A column of values of the field's type; raises pydantic's ValidationError with positions."""
+    if name == "timestamp" and (instants := _instants(values)) is not None:
+        return instants
+    if name in _SIZES and bool in set(map(type, values)):  # for pydantic a boolean is a number
+        values = [_NO_NUMBER if isinstance(value, bool) else value for value in values]
+    return _COLUMNS[name].validate_python(values)
+
+
+def _instants(values: list[Any]) -> pa.Array | None:
+    """Instants of texts in the plain form of RFC 3339; None if any is not, for pydantic to look at.
+
+    Arrow takes 0.15 us a row with the check of the form, pydantic and the way back to Arrow 0.5 us.
+    """
+    try:
+        texts = pa.array(values, pa.string())
+        if texts.null_count or not pc.all(pc.match_substring_regex(texts, _PLAIN_INSTANT)).as_py():
+            return None
+        return texts.cast(SCHEMA.field("timestamp").type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        return None
+
+
 class _Builder:
     """Turns the rows of one request into columns and collects what is wrong with each row, first fault first."""
 
@@ -227,24 +248,26 @@ class _Builder:
         """Columns of `SCHEMA` and `index`, of the rows that keep every rule."""
         keep = self._shaped()
         while True:
-            valid: dict[str, list[Any]] = {}
+            valid: dict[str, list[Any] | pa.Array] = {}
             faulty: set[int] = set()
-            for name, column in _COLUMNS.items():
+            rows = self._rows if len(keep) == len(self._rows) else [self._rows[i] for i in keep]
+            for name in FIELDS:
                 try:
-                    valid[name] = column.validate_python([self._rows[i].get(name) for i in keep])
+                    valid[name] = _typed(name, [row.get(name) for row in rows])
                 except ValidationError as error:
                     for fault in error.errors(include_url=False, include_input=False):
                         position = int(fault["loc"][0])
                         faulty.add(position)
-                        row = keep[position]
-                        self._refuse(row, name, *_explain(fault, missing=name not in self._rows[row]))
+                        self._refuse(keep[position], name, *_explain(fault, missing=name not in rows[position]))
             if not faulty:
                 break
             keep = [i for position, i in enumerate(keep) if position not in faulty]
         arrays: list[pa.Array] = []
         for field_ in SCHEMA:
             values = valid[field_.name]
-            if field_.name in _PRICES:
+            if isinstance(values, pa.Array):
+                arrays.append(values)
+            elif field_.name in _PRICES:
                 arrays.append(self._prices(field_.name, values, keep))
             elif field_.type == pa.string():
                 arrays.append(self._texts(field_.name, values, keep))
@@ -257,15 +280,9 @@ class _Builder:
 
     def _shaped(self) -> list[int]:
         """Positions of the rows that are objects with known fields only."""
-        known = set(FIELDS)
-        seen: set[str] = set()
-        try:
-            for row in self._rows:
-                seen |= row.keys()
-            if seen <= known:
-                return list(range(len(self._rows)))
-        except (AttributeError, TypeError):
-            pass  # some row is no mapping: find out which
+        known = frozenset(FIELDS)
+        if set(map(type, self._rows)) == {dict} and all(map(known.issuperset, self._rows)):
+            return list(range(len(self._rows)))
         keep = []
         for i, row in enumerate(self._rows):
             if not isinstance(row, Mapping):

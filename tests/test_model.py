@@ -232,3 +232,31 @@ def test_symbols_are_normalised_or_refused() -> None:
 
 def test_times_are_written_in_utc() -> None:
     assert rfc3339(datetime.fromisoformat("2026-11-20T09:30:00.5-05:00")) == "2026-11-20T14:30:00.500000Z"
+
+
+@given(
+    st.datetimes(timezones=st.timezones(), min_value=datetime(1971, 1, 1), max_value=datetime(2026, 1, 1)),  # noqa: DTZ001
+    st.sampled_from(["Z", "offset", "space", "lower", "short", "nano"]),
+)
+def test_every_form_of_an_instant_means_the_same(moment: datetime, form: str) -> None:
+    """The fast way by Arrow and the thorough one by pydantic agree."""
+    utc = moment.astimezone(UTC).replace(tzinfo=None)
+    text = {
+        "Z": utc.isoformat() + "Z",
+        "offset": (utc + timedelta(hours=5, minutes=30)).isoformat() + "+05:30",
+        "space": utc.isoformat(" ") + "+00:00",
+        "lower": utc.isoformat().lower() + "z",
+        "short": (utc - timedelta(hours=3)).isoformat() + "-0300",
+        "nano": utc.isoformat(timespec="microseconds") + "789Z",
+    }[form]
+    batch = Batch.from_rows([{**GOOD, "timestamp": text}], LIMITS)
+    assert batch.rows["timestamp"][0].as_py() == utc.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-02-30T00:00:00Z", "2026-01-01T24:00:00Z", "2026-01-01T00:00:60Z", "2026-01-01T00:60:00Z",
+     "2026-01-01T00:00:00+24:00", "2026-01-01T00Z", "2026-01-01T00:00:00.Z", "2026-00-01T00:00:00Z"],
+)  # fmt: skip
+def test_what_is_no_instant_is_refused_on_either_way(text: str) -> None:
+    assert refused(timestamp=text) == ("/1/timestamp", "timestamp-invalid")

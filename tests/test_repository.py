@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given
@@ -14,10 +15,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from app.db.engine import Database
-from app.errors import Conflict, InvalidQuotes, InvalidRequest, QuotesError
+from app.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    InvalidQuotes,
+    InvalidRequest,
+    OutcomeUnknown,
+    QueryTimeout,
+    QuotesError,
+)
 from app.model import Batch, Interval, OnConflict, Receipt
 from app.repository.quotes import BarPrice, Position, QuoteRepository, Range, Sort, Write, day_bounds
-from tests.conftest import random_symbol
+from tests.conftest import Lane, random_symbol
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday
 Key = tuple[str, datetime]
@@ -442,3 +451,98 @@ async def test_write_reports_a_dead_database(quotes: QuoteRepository, lane: Any)
         await repository.write([Write(Batch.from_rows([quote("A", 0)]))])
     assert caught.value.code == "database-unavailable"
     await nowhere.close()
+
+
+async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    update_latest = quotes._update_latest
+    failures = 2
+
+    async def unlucky(connection: Any, stored_: Any) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            await connection.execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40P01'; END $$")
+        await update_latest(connection, stored_)
+
+    monkeypatch.setattr(quotes, "_update_latest", unlucky)
+    assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1
+    assert len(await stored(quotes, symbol)) == 1
+    failures = 3
+    with pytest.raises(asyncpg.DeadlockDetectedError):
+        await quotes.bulk_insert([quote(symbol, 1)])
+    assert len(await stored(quotes, symbol)) == 1
+
+
+@pytest.mark.copy_lane
+async def test_a_connection_that_breaks_while_committing_is_told(
+    lane: Lane, quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one session serves all clients in turn")
+    update_latest = quotes._update_latest
+
+    async def cut(connection: Any, stored_: Any) -> None:
+        await update_latest(connection, stored_)
+        await _terminate(lane, connection)
+
+    monkeypatch.setattr(quotes, "_update_latest", cut)
+    with pytest.raises(OutcomeUnknown):
+        await quotes.bulk_insert([quote(symbol, 0)])
+    monkeypatch.undo()
+    assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1, "the pool has recovered"
+
+
+@pytest.mark.copy_lane
+async def test_reads_and_writes_recover_after_all_connections_broke(
+    lane: Lane, quotes: QuoteRepository, database: Database, symbol: str
+) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one session serves all clients in turn")
+    await asyncio.gather(*(quotes.get_latest_quote(symbol) for _ in range(8)))
+    killer = await asyncpg.connect(lane.url)
+    await killer.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'opa-quotes' AND datname = current_database()"
+    )
+    await killer.close()
+    results = await asyncio.gather(*(quotes.get_latest_quote(symbol) for _ in range(8)), return_exceptions=True)
+    assert all(result is None or isinstance(result, DatabaseUnavailable) for result in results)
+    for _ in range(5):
+        assert await quotes.get_latest_quote(symbol) is None
+    assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1
+
+
+async def _terminate(lane: Lane, connection: Any) -> None:
+    pid = connection.get_server_pid()
+    killer = await asyncpg.connect(lane.url)
+    await killer.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
+    await killer.close()
+
+
+@pytest.mark.copy_lane
+async def test_a_read_over_its_time_is_told(lane: Lane, symbol: str) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("the WebAssembly server has no timers")
+    settings = lane.make_settings(statement_timeout="20 ms")
+    database = Database(lane.url, settings)
+    locker = await asyncpg.connect(lane.url)
+    try:
+        async with locker.transaction():
+            await locker.execute("LOCK TABLE quotes.latest IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(QueryTimeout):
+                await QuoteRepository(database, settings).get_latest_quote(symbol)
+    finally:
+        await locker.close()
+        await database.close()
+
+
+@pytest.mark.copy_lane
+async def test_a_full_pool_is_told(lane: Lane, symbol: str) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one session serves all clients in turn")
+    settings = lane.make_settings(pool_size=1, pool_overflow=0, pool_timeout="50 ms")
+    database = Database(lane.url, settings)
+    async with database.acquire():
+        with pytest.raises(DatabaseUnavailable, match="busy"):
+            await QuoteRepository(database, settings).get_latest_quote(symbol)
+    await database.close()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import msgspec
 from fastapi import Depends, Request, Response
@@ -41,7 +41,7 @@ class Services:
     health: Health
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool
     services: Services = request.app.state.services
     return services
 
@@ -181,7 +181,7 @@ class Paging:
 def _sign(key: bytes, request: Request, payload: bytes) -> bytes:
     """A signature over the token and the query it belongs to; page size and token may differ between pages."""
     query = sorted((k, v) for k, v in request.query_params.multi_items() if k not in {"page_token", "limit"})
-    bound = "\n".join([request.url.path, urlencode(query)]).encode()
+    bound = "\n".join([request.scope["path"], urlencode(query)]).encode()
     return hmac.digest(key, hashlib.sha256(bound).digest() + payload, "sha256")[:_SIGNATURE_BYTES]
 
 
@@ -236,7 +236,7 @@ def page_response(request: Request, settings: Settings, member: str, page: Page,
     if page.next is not None:
         text = issue_token(request, settings, page.next, paging.start, paging.end)
         query = [(k, v) for k, v in request.query_params.multi_items() if k != "page_token"]
-        headers["Link"] = f'<{request.url.path}?{urlencode([*query, ("page_token", text)])}>; rel="next"'
+        headers["Link"] = f'<{quote(request.scope["path"])}?{urlencode([*query, ("page_token", text)])}>; rel="next"'
         member_text = f'"{text}"'
     return json_response(f'{{"{member}":[{page.rows}],"next_page_token":{member_text}}}', headers)
 

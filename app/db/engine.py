@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any, TypeAlias, cast
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -61,6 +62,12 @@ def connection_lost(error: BaseException) -> bool:
     )
 
 
+def _refuse_closed(connection: Any, *_: object) -> None:
+    """Renew the pool when a server that went away has closed a pooled connection: known without a round trip."""
+    if connection.driver_connection.is_closed():
+        raise InvalidatePoolError
+
+
 class Database:
     """The pools of one database.
 
@@ -84,6 +91,7 @@ class Database:
             }
         )
         self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=self._open, **pool)
+        event.listen(self.engine.sync_engine, "checkout", _refuse_closed)
 
     async def _open(self, timeout: float = 10, statement_timeout: timedelta | None = None) -> Connection:
         milliseconds = int((statement_timeout or self._settings.statement_timeout).total_seconds() * 1000)
@@ -116,7 +124,7 @@ class Database:
         """A pooled connection.
 
         Raises:
-            DatabaseUnavailable: no connection, or it broke; the pool is emptied so that the next one is new.
+            DatabaseUnavailable: no connection, or it broke.
             QueryTimeout: a statement ran over its time.
         """
         try:
@@ -136,8 +144,6 @@ class Database:
             translated = translate(error)
             if translated is None:
                 raise
-            if connection_lost(error):
-                await self.engine.dispose()
             raise translated from error
 
     @asynccontextmanager

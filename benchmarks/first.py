@@ -1,0 +1,645 @@
+r"""First figures: ingest over HTTP beside `psql \copy`, reads over HTTP beside bare asyncpg.
+
+Ingest: the same quotes, only later in time with each turn, go into the same table by `psql \copy` (one stream) and
+as JSON in batches of 10,000 and of 1,000 over HTTP. `psql` is the ceiling, not an equal: it checks no rule, knows no
+conflict, and leaves `quotes.latest` as it was. The table is checked to hold the rows after each turn.
+
+Reads: 600 quotes of one symbol, the newest quote of one symbol, and that of all. Over HTTP; through the repository;
+by the service's own statement on a bare asyncpg connection; and by the statement that one would write by hand in an
+afternoon, on another. All are checked to give the same quotes before any is timed.
+
+The client is this process: blocking sockets that stay open, requests encoded beforehand, answers checked
+afterwards. It shares the machine with the service and the database, so what it consumes is shown beside theirs.
+"""
+
+import asyncio
+import gc
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, Final
+from urllib.parse import urlencode
+
+import asyncpg
+import typer
+import uvloop
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from app.db.engine import Connection, Database
+from app.errors import QuotesError
+from app.model import FIELDS, rfc3339
+from app.repository.quotes import QuoteRepository, Range
+from app.settings import Settings
+from benchmarks.side_by_side import (
+    QUANTILES,
+    BenchmarkError,
+    Sheet,
+    Spread,
+    alternate,
+    command,
+    figure,
+    machine,
+    quantile,
+    ratio,
+)
+from benchmarks.target import (
+    HttpConnection,
+    Target,
+    copy_file,
+    cpu_seconds,
+    get,
+    memory_bytes,
+    post,
+    running_target,
+    send_all,
+)
+
+FLOOR: Final = 50_000
+SYMBOLS: Final = [f"SYM{i:02}" for i in range(50)]
+SEED: Final = 20_261_120
+#: Time between quotes: of ingest as in a busy hour, of the history such that it fills some days.
+BUSY: Final = 10_000.0
+HISTORY_SPAN: Final = timedelta(days=5)
+CHUNK: Final = 200_000
+RANGE_ROWS: Final = 600
+#: Quotes of the symbol in the time range that is asked for, so that the limit decides and not its end.
+RANGE_SPAN_ROWS: Final = 900
+#: A statement that takes long is called less often.
+TURN_SECONDS: Final = 3.0
+WHO: Final = ("service", "PostgreSQL", "client")
+COLUMNS: Final = ", ".join(FIELDS)
+
+PSQL: Final = r"psql \copy"
+READS: Final = (
+    "Reads, one at a time: `HTTP` on a kept connection, body unparsed; `repository` is the same call without HTTP;"
+    " `same statement` is the repository's SQL on a bare asyncpg connection set up alike; `plain SELECT` is the SQL of"
+    " an afternoon on another, up to asyncpg records. Each turn gives its own p50; median, min and max are over turns,"
+    " p95 and p99 are their medians."
+)
+SERVICE: Final = "HTTP"
+REPOSITORY: Final = "repository"
+SAME: Final = "same statement"
+PLAIN: Final = "plain SELECT"
+
+
+class Ticks:
+    """A seeded market: which symbol ticks, and at what; the same quotes can be had at any time."""
+
+    def __init__(self, rows: int) -> None:
+        random = Random(SEED)
+        price = {symbol: random.randrange(2_000, 80_000) for symbol in SYMBOLS}
+        self._rows: list[tuple[str, float, str, str]] = []
+        for _ in range(rows):
+            symbol = random.choice(SYMBOLS)
+            last = price[symbol] = max(100, price[symbol] + random.randint(-3, 3))
+            bid, ask = last - random.randint(0, 2), last + random.randint(1, 3)
+            values = [f"{ticks // 100}.{ticks % 100:02}" for ticks in (last, bid, ask)]
+            values += [str(100 * random.randint(1, 40)) for _ in range(2)] + [str(random.randint(1, 5_000))]
+            members = ",".join(f'"{name}":{value}' for name, value in zip(FIELDS[2:8], values, strict=True))
+            # Short of a whole step, or two quotes of a symbol might fall together.
+            self._rows.append((symbol, 0.9 * random.random(), f'{members},"source":"feed"', f"{','.join(values)},feed"))
+
+    def bodies(self, start: datetime, rows: range, step: float, batch: int) -> Iterator[bytes]:
+        """Quotes as JSON bodies of `batch` each; `step` is the microseconds between quotes."""
+        for first in range(rows.start, rows.stop, batch):
+            part = range(first, min(first + batch, rows.stop))
+            quotes = (
+                f'{{"symbol":"{symbol}","timestamp":"{at}Z",{members}}}'
+                for symbol, at, members, _ in self._at(start, part, step)
+            )
+            yield f'{{"quotes":[{",".join(quotes)}]}}'.encode()
+
+    def csv(self, start: datetime, rows: range, step: float) -> str:
+        """Quotes as lines of CSV."""
+        return "".join(f"{symbol},{at}Z,{values}\n" for symbol, at, _, values in self._at(start, rows, step))
+
+    def _at(self, start: datetime, rows: range, step: float) -> Iterator[tuple[str, str, str, str]]:
+        naive = start.replace(tzinfo=None)
+        for i in rows:
+            symbol, jitter, members, values = self._rows[i % len(self._rows)]
+            at = naive + timedelta(microseconds=int((i + jitter) * step))
+            yield symbol, at.isoformat(timespec="microseconds"), members, values
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """One turn of ingest."""
+
+    rows: int
+    seconds: float
+    latencies_ms: list[float]
+    #: By whom; None where the system does not tell.
+    cpu_seconds: dict[str, float | None]
+    service_rss: int | None
+
+    @property
+    def rate(self) -> float:
+        """Quotes a second."""
+        return self.rows / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much to measure."""
+
+    rounds: int
+    rows: int
+    clients: int
+    history: int
+    reads: int
+
+
+class Bench:
+    """The measurement of one target."""
+
+    def __init__(self, target: Target, admin: Connection, options: Options, progress: Progress) -> None:
+        self.target = target
+        self.options = options
+        self._admin = admin
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+        self._ticks = Ticks(options.rows)
+        self._span = timedelta(microseconds=options.rows * BUSY)
+        turns = (options.rounds + 1) * 3
+        self._slot = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - turns * self._span
+        self._history = self._slot - HISTORY_SPAN
+        self._history_step = HISTORY_SPAN / timedelta(microseconds=1) / options.history
+        progress.update(self._task, total=(options.rounds + 1) * (3 + 3 * 4) + 1)
+
+    def announce(self, text: str) -> None:
+        """Show what is about to run; nothing is drawn while it runs."""
+        self._progress.update(self._task, advance=1, description=text)
+        self._progress.refresh()
+
+    # --- ingest ---
+
+    async def load_history(self) -> None:
+        """Fill the table that reads are measured on."""
+        self.announce(f"loading {self.options.history:,} quotes")
+        for first in range(0, self.options.history, CHUNK):
+            rows = range(first, min(first + CHUNK, self.options.history))
+            bodies = self._ticks.bodies(self._history, rows, self._history_step, 10_000)
+            await self._send(list(bodies), len(rows))
+        await self._admin.execute("VACUUM (ANALYZE) quotes.real_time")
+        await self._admin.execute("VACUUM (ANALYZE) quotes.latest")
+
+    async def ingest(self) -> dict[str, list[Ingest]]:
+        """All turns of ingest."""
+        contenders: dict[str, Callable[[], Awaitable[Ingest]]] = {PSQL: self._ingest_psql}
+        for batch in (10_000, 1_000):
+            contenders[_by(batch)] = partial(self._ingest_http, batch)
+        return await alternate(contenders, self.options.rounds, self.announce)
+
+    async def _ingest_psql(self) -> Ingest:
+        file = self.target.scratch / "quotes.csv"
+        async with self._slot_of_time() as start:
+            file.write_text(self._ticks.csv(start, range(self.options.rows), BUSY))
+            await self._settle()
+            with self._metered() as used:
+                began = time.perf_counter()
+                await copy_file(self.target, file, "quotes.real_time", FIELDS)
+                seconds = time.perf_counter() - began
+        return self._result(seconds, [1000 * seconds], used)
+
+    async def _ingest_http(self, batch: int) -> Ingest:
+        async with self._slot_of_time() as start:
+            bodies = list(self._ticks.bodies(start, range(self.options.rows), BUSY, batch))
+            await self._settle()
+            with self._metered() as used:
+                seconds, latencies = await self._send(bodies, self.options.rows)
+        return self._result(seconds, [1000 * latency for latency in latencies], used)
+
+    async def _send(self, bodies: Sequence[bytes], rows: int) -> tuple[float, list[float]]:
+        requests = [post("/v1/quotes", body) for body in bodies]
+        sending = asyncio.to_thread(send_all, self.target.port, requests, self.options.clients)
+        seconds, latencies, answers = await sending
+        inserted = sum(json.loads(answer)["inserted"] for answer in answers)
+        if inserted != rows:
+            raise BenchmarkError(f"{rows} quotes were sent and {inserted} acknowledged as inserted.")
+        return seconds, latencies
+
+    def _result(self, seconds: float, latencies: list[float], used: dict[str, float | None]) -> Ingest:
+        memory = memory_bytes(self.target.service)
+        return Ingest(self.options.rows, seconds, latencies, used, memory[0] if memory else None)
+
+    @asynccontextmanager
+    async def _slot_of_time(self) -> AsyncIterator[datetime]:
+        """A stretch of time without quotes; afterwards it holds all of a turn's."""
+        start, self._slot = self._slot, self._slot + self._span
+        yield start
+        stored = await self._admin.fetchval(
+            "SELECT count(*) FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2", start, self._slot
+        )
+        if stored != self.options.rows:
+            raise BenchmarkError(f"{self.options.rows} quotes were sent and {stored} are stored.")
+
+    async def _settle(self) -> None:
+        """Leave no work of one turn to the next; without the right to a checkpoint, do without."""
+        with suppress(asyncpg.InsufficientPrivilegeError):
+            await self._admin.execute("CHECKPOINT")
+        gc.collect()
+
+    @contextmanager
+    def _metered(self) -> Iterator[dict[str, float | None]]:
+        used: dict[str, float | None] = {}
+        before = self._cpu()
+        gc.disable()
+        try:
+            yield used
+        finally:
+            gc.enable()
+            for who, now, then in zip(WHO, self._cpu(), before, strict=True):
+                used[who] = None if now is None or then is None else now - then
+
+    def _cpu(self) -> tuple[float | None, ...]:
+        return cpu_seconds(self.target.service), cpu_seconds(self.target.postmaster), _own_cpu()
+
+    # --- reads ---
+
+    async def reads(self) -> "list[Reads]":
+        """All turns of reads."""
+        settings = Settings(
+            _env_file=None,
+            database_url=self.target.database_url,
+            require_timescaledb="none",
+            retention=None,
+        )
+        database = RecordingDatabase(self.target.database_url, settings)
+        try:
+            await database.connect()
+            # One session is set up as those of the service are, the other as the driver does it by itself.
+            async with database.dedicated(statement_timeout=timedelta(minutes=1)) as same:
+                plain = await asyncpg.connect(self.target.database_url)
+                try:
+                    return [
+                        Reads(case.name, case.plain, await self._read(case, Connections(database, same, plain)))
+                        for case in self._cases(QuoteRepository(database, settings))
+                    ]
+                finally:
+                    await plain.close()
+        finally:
+            await database.close()
+
+    def _cases(self, repository: QuoteRepository) -> list["Case"]:
+        random = Random(SEED)
+        window = timedelta(microseconds=RANGE_SPAN_ROWS * len(SYMBOLS) * self._history_step)
+        ranges = []
+        for _ in range(self.options.reads):
+            start = self._history + random.random() * (HISTORY_SPAN - window)
+            ranges.append(Range([random.choice(SYMBOLS)], start, start + window, RANGE_ROWS))
+        names = [random.choice(SYMBOLS) for _ in ranges]
+
+        async def page(i: int) -> str:
+            return (await repository.quotes_page(ranges[i])).rows
+
+        async def latest(i: int) -> str:
+            return (await repository.latest_rows([names[i]]))[0]
+
+        async def latest_of_all(_: int) -> str:
+            return (await repository.latest_rows(None))[0]
+
+        return [
+            Case(
+                f"Range of {RANGE_ROWS} quotes of one symbol",
+                [
+                    "/v1/quotes?"
+                    + urlencode(
+                        {
+                            "symbols": wanted.symbols[0],
+                            "start": rfc3339(wanted.start),
+                            "end": rfc3339(wanted.end),
+                            "limit": wanted.limit,
+                        }
+                    )
+                    for wanted in ranges
+                ],
+                page,
+                f"SELECT {COLUMNS} FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
+                f" ORDER BY timestamp LIMIT {RANGE_ROWS}",
+                [(wanted.symbols[0], wanted.start, wanted.end) for wanted in ranges],
+                RANGE_ROWS,
+            ),
+            Case(
+                "Latest quote of one symbol",
+                [f"/v1/quotes/latest?symbols={name}" for name in names],
+                latest,
+                f"SELECT {COLUMNS} FROM quotes.real_time WHERE symbol = $1 ORDER BY timestamp DESC LIMIT 1",
+                [(name,) for name in names],
+                1,
+            ),
+            Case(
+                f"Latest quote of all {len(SYMBOLS)} symbols",
+                ["/v1/quotes/latest"] * len(ranges),
+                latest_of_all,
+                f"SELECT DISTINCT ON (symbol) {COLUMNS} FROM quotes.real_time ORDER BY symbol, timestamp DESC",
+                [()] * len(ranges),
+                len(SYMBOLS),
+            ),
+        ]
+
+    async def _read(self, case: "Case", to: "Connections") -> dict[str, list[list[float]]]:
+        requests = [get(path) for path in case.paths]
+        statement, arguments = await _statement_of(case, to.database)
+
+        async def same(i: int) -> list[Any]:
+            return await to.same.fetch(statement, *arguments[i])
+
+        async def plain(i: int) -> list[Any]:
+            return await to.plain.fetch(case.plain, *case.arguments[i])
+
+        async def http(calls: int) -> list[float]:
+            # The service hangs up on a connection that idles through the turns of others: a new one each turn.
+            with HttpConnection(self.target.port) as connection:
+
+                async def send(i: int) -> bytes:
+                    return connection.send(requests[i])
+
+                return await _timed(send, calls)
+
+        for i in (0, len(requests) // 2):
+            with HttpConnection(self.target.port) as connection:
+                answer = connection.send(requests[i])
+            (value,) = (await same(i))[0][:1]
+            stated = value if isinstance(value, str) else ",".join(value[: case.rows])
+            given = {
+                SERVICE: _parse(answer.decode())["quotes"],
+                REPOSITORY: _parse(f"[{await case.repository(i)}]"),
+                SAME: _parse(f"[{stated}]"),
+            }
+            expected = [tuple(row) for row in await plain(i)]
+            for name, quotes in given.items():
+                if len(expected) != case.rows or [_row(quote) for quote in quotes] != expected:
+                    raise BenchmarkError(f"{case.name}: {name} and {PLAIN} do not give the same {case.rows} quotes.")
+
+        calls = len(requests)
+        contenders: dict[str, Callable[[], Awaitable[list[float]]]] = {
+            SERVICE: partial(http, calls),
+            REPOSITORY: partial(_timed, case.repository, calls),
+            SAME: partial(_timed, same, calls),
+            PLAIN: partial(_timed, plain, calls),
+        }
+        return await alternate(contenders, self.options.rounds, lambda text: self.announce(f"{case.name}, {text}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Milliseconds of each call, by contender and round."""
+
+    case: str
+    plain: str
+    milliseconds: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """The ways to read."""
+
+    database: "RecordingDatabase"
+    same: Connection
+    plain: Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of read, by HTTP path, by the repository and by a plain statement with its arguments."""
+
+    name: str
+    paths: list[str]
+    repository: Callable[[int], Awaitable[str]]
+    plain: str
+    arguments: Sequence[tuple[Any, ...]]
+    rows: int
+
+
+class RecordingDatabase(Database):
+    """Pools that can tell which statements went through them."""
+
+    seen: list[tuple[str, Sequence[Any]]] | None = None
+
+    @asynccontextmanager
+    async def acquire(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Connection]:
+        """A pooled connection."""
+        async with super().acquire(*arguments, **keywords) as connection:
+            if self.seen is None:
+                yield connection
+                return
+            with connection.query_logger(self._see):
+                yield connection
+
+    def _see(self, query: Any) -> None:
+        # The driver asks for the types that it meets, on the same connection.
+        if self.seen is not None and " quotes." in query.query:
+            self.seen.append((query.query, query.args))
+
+
+async def _statement_of(case: Case, database: RecordingDatabase) -> tuple[str, list[Sequence[Any]]]:
+    """The statement that the repository runs, and its arguments for each call."""
+    database.seen = []
+    for i in range(len(case.paths)):
+        await case.repository(i)
+    seen, database.seen = database.seen, None
+    statements = {statement for statement, _ in seen}
+    if len(statements) != 1 or len(seen) != len(case.paths):
+        raise BenchmarkError(f"{case.name}: the repository does not read with one statement a call.")
+    return statements.pop(), [arguments for _, arguments in seen]
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_float=Decimal)
+
+
+def _row(quote: dict[str, Any]) -> tuple[Any, ...]:
+    return quote["symbol"], datetime.fromisoformat(quote["timestamp"]), *(quote[name] for name in FIELDS[2:])
+
+
+async def _timed(call: Callable[[int], Awaitable[object]], calls: int) -> list[float]:
+    """Milliseconds of each call; fewer calls when they take long."""
+    took = []
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + TURN_SECONDS
+        for i in range(calls):
+            began = time.perf_counter()
+            await call(i)
+            now = time.perf_counter()
+            took.append(1000 * (now - began))
+            if now > end:
+                break
+    finally:
+        gc.enable()
+    return took
+
+
+def _own_cpu() -> float:
+    """Processor time of this process and of those that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# --- report ---
+
+
+def _by(batch: int) -> str:
+    return f"JSON by {batch:,}"
+
+
+def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int | None) -> list[Sheet]:
+    rates = {name: [run.rate for run in runs] for name, runs in results.items()}
+    floor = Spread.of(rates[_by(10_000)])
+    kept = "kept by every round" if floor.low >= FLOOR else "kept by the median" if floor.median >= FLOOR else "missed"
+    speed = Sheet(
+        f"Ingest: {options.rows:,} quotes a turn, {options.rounds} rounds, {options.clients} HTTP clients",
+        ["", "quotes/s, median", "min", "max", "x psql"],
+        [
+            [
+                name,
+                *(f"{value:,.0f}" for value in (spread.median, spread.low, spread.high)),
+                "1" if name == PSQL else str(ratio(of, rates[PSQL])),
+            ]
+            for name, of in rates.items()
+            for spread in (Spread.of(of),)
+        ],
+        [
+            f"Floor of {FLOOR:,} quotes/s in batches of 10,000: {kept}.",
+            "psql sends one stream in one transaction; it checks no rule and does not keep quotes.latest.",
+            "The service acknowledges each batch after its commit.",
+        ],
+    )
+    cost = Sheet(
+        "Ingest: acknowledgement and cost",
+        ["", *(f"p{100 * q:.0f} ms" for q in QUANTILES), *(f"{who} CPU us/quote" for who in WHO), "service RSS MiB"],
+        [
+            [
+                name,
+                *(
+                    "" if name == PSQL else f"{quantile([ms for run in runs for ms in run.latencies_ms], share):,.0f}"
+                    for share in QUANTILES
+                ),
+                *(_cpu(runs, who) for who in WHO),
+                _mebibytes(runs[-1].service_rss),
+            ]
+            for name, runs in results.items()
+        ],
+        [
+            "Latencies of all rounds together, CPU as the median of the rounds; all three share the machine.",
+            f"The service's memory was {_mebibytes(peak)} MiB at its peak.",
+        ],
+    )
+    return [speed, cost]
+
+
+def _cpu(runs: Sequence[Ingest], who: str) -> str:
+    used = [(run.cpu_seconds[who], run.rows) for run in runs]
+    values = [1e6 * seconds / rows for seconds, rows in used if seconds is not None]
+    return f"{Spread.of(values).median:.1f}" if values else "?"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**20:,.0f}"
+
+
+def read_sheet(reads: Reads) -> Sheet:
+    results = reads.milliseconds
+    middles = {name: [quantile(turn, 0.5) for turn in turns] for name, turns in results.items()}
+    rows = []
+    for name, turns in results.items():
+        p50, p95, p99 = (Spread.of([quantile(turn, share) for turn in turns]) for share in QUANTILES)
+        figures = [figure(value) for value in (p50.median, p50.low, p50.high, p95.median, p99.median)]
+        ratios = ["1" if name == to else str(ratio(middles[name], middles[to])) for to in (SAME, PLAIN)]
+        rows.append([name, *figures, *ratios, f"{sum(map(len, turns)):,}"])
+    columns = ["", "p50 ms, median", "min", "max", "p95 ms", "p99 ms"]
+    return Sheet(reads.case, [*columns, "p50 x same", "p50 x plain", "calls"], rows, [f"plain SELECT: `{reads.plain}`"])
+
+
+def markdown(about: dict[str, str], sheets: Sequence[Sheet], repeat: str) -> str:
+    lines = ["## First figures", "", f"```\n{repeat}\n```", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    return "\n".join([*lines, "", READS]) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets)
+
+
+async def _measure(database_url: str | None, psql: Path | None, options: Options, screen: Console) -> dict[str, Any]:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
+    about = machine()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, auto_refresh=False, transient=True) as progress:
+        async with running_target(database_url, psql) as target:
+            admin = await asyncpg.connect(target.database_url)
+            try:
+                bench = Bench(target, admin, options, progress)
+                await bench.load_history()
+                reads = await bench.reads()
+                ingest = await bench.ingest()
+                memory = memory_bytes(target.service)
+            finally:
+                await admin.close()
+    return {
+        "about": about | target.about,
+        "ingest": ingest,
+        "reads": reads,
+        "peak_rss": memory[1] if memory else None,
+    }
+
+
+def main(
+    database_url: Annotated[
+        str | None, typer.Option(help="Another server: a database is created on it, and dropped. Unset: a private one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    rows: Annotated[int, typer.Option(min=10_000, help="Quotes of one turn of ingest.")] = 320_000,
+    clients: Annotated[int, typer.Option(min=1, help="Connections that send at once.")] = 4,
+    history: Annotated[int, typer.Option(min=100_000, help="Quotes that are read from.")] = 1_000_000,
+    reads: Annotated[int, typer.Option(min=2, help="Reads of one turn.")] = 200,
+    psql: Annotated[Path | None, typer.Option(help="The psql program.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="File for the tables.")] = None,
+) -> None:
+    """Measure ingest beside psql, and reads beside bare asyncpg, in one run."""
+    screen = Console(stderr=True)
+    options = Options(rounds, rows, clients, history, reads)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            result = runner.run(_measure(database_url, psql, options, screen))
+    except (BenchmarkError, QuotesError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        screen.print("[red]error:[/red]", escape(getattr(error, "detail", None) or str(error)), highlight=False)
+        sys.exit(1)
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    hidden = ("--database-url", "--psql", "--json", "--markdown")
+    repeat = command("benchmarks.first", hide=hidden)
+    sheets = ingest_sheets(result["ingest"], options, result["peak_rss"])
+    sheets += [read_sheet(reads_) for reads_ in result["reads"]]
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for name, value in result["about"].items():
+        console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+    console.print(f"\n{READS}", highlight=False)
+    for sheet in sheets:
+        console.print()
+        console.print(sheet.rich())
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(result["about"], sheets, repeat))
+    if json_file is not None:
+        ingest = {name: [asdict(run) for run in runs] for name, runs in result["ingest"].items()}
+        read = [asdict(reads_) for reads_ in result["reads"]]
+        figures = {**result, "command": repeat, "options": asdict(options), "ingest": ingest, "reads": read}
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -105,6 +105,9 @@ class Database:
                 "TimeZone": "UTC",
                 "plan_cache_mode": "force_custom_plan",
                 "jit": "off",
+                # A symbol lies scattered over the pages of its day; at the default of 4 the planner rather reads
+                # the whole range by time and filters: 9 ms instead of 1 ms for 600 quotes of one symbol of 50.
+                "random_page_cost": "1.1",
                 "statement_timeout": str(milliseconds),
                 "idle_in_transaction_session_timeout": "60000",
             },

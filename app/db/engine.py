@@ -5,8 +5,8 @@ exceptions leave it only as `errors.*`. Sessions run in UTC, plan with the actua
 over a hypertable would lock every chunk) and stop a statement that runs over its time.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeAlias, cast
 
@@ -53,6 +53,20 @@ def translate(error: BaseException) -> QuotesError | None:
     if isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)):
         return DatabaseUnavailable("The database cannot be reached.")
     return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise a driver's exceptions as errors of this project, and let all others through."""
+    try:
+        yield
+    except QuotesError:
+        raise
+    except Exception as error:
+        ours = translate(error)
+        if ours is None:
+            raise
+        raise ours from error
 
 
 def connection_lost(error: BaseException) -> bool:
@@ -130,7 +144,7 @@ class Database:
             DatabaseUnavailable: no connection, or it broke.
             QueryTimeout: a statement ran over its time.
         """
-        try:
+        with translated():
             async with self.engine.connect() as pooled:
                 raw = await pooled.get_raw_connection()
                 driver = cast("Connection", raw.driver_connection)
@@ -141,13 +155,6 @@ class Database:
                     if driver.is_closed() or driver.is_in_transaction():
                         await pooled.invalidate()
                     raise
-        except QuotesError:
-            raise
-        except Exception as error:
-            translated = translate(error)
-            if translated is None:
-                raise
-            raise translated from error
 
     @asynccontextmanager
     async def dedicated(
@@ -159,19 +166,12 @@ class Database:
             DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
             QueryTimeout: a statement ran over its time.
         """
-        try:
+        with translated():
             driver = await self._open(timeout, statement_timeout)
             try:
                 yield driver
             finally:
                 await driver.close(timeout=2)
-        except QuotesError:
-            raise
-        except Exception as error:
-            translated = translate(error)
-            if translated is None:
-                raise
-            raise translated from error
 
     async def close(self) -> None:
         """Close every pooled connection."""

@@ -14,8 +14,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
-from app.db.engine import translate
-from app.errors import QuotesError, StartupError
+from app.db.engine import translated
+from app.errors import StartupError
 from app.settings import Settings
 
 
@@ -72,13 +72,7 @@ async def _run(step: Callable[[Config, str], None], url: str, settings: Settings
 
     # alembic/env.py runs its own event loop, which needs a thread of its own.
     try:
-        await asyncio.to_thread(alone)
+        with translated():
+            await asyncio.to_thread(alone)
     except CommandError as error:
         raise StartupError(f"Migration failed: {error}") from error
-    except QuotesError:
-        raise
-    except Exception as error:
-        translated = translate(error)
-        if translated is None:
-            raise
-        raise translated from error

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db.capability import DETECT, REQUIRED, Capability
+from app.db.engine import connect_first, hosts_of
 from app.errors import StartupError
 from app.settings import Settings
 
@@ -77,10 +78,8 @@ def _run(connection: Connection) -> None:
 
 
 async def _main() -> None:
-    import asyncpg  # noqa: PLC0415  kept beside its only use
-
     async def connect() -> object:
-        return await asyncpg.connect(_url(), timeout=10)
+        return (await connect_first(hosts_of(_url()), timeout=10))[1]
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=pool.NullPool)
     try:

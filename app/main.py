@@ -18,8 +18,8 @@ from app.api import ohlc, ops, problems, quotes, symbols
 from app.api.access import AccessLog
 from app.api.deps import Services
 from app.db.embedded import embedded_postgres
-from app.db.engine import Database
 from app.db.migrate import head, migrate
+from app.db.replicas import database_of
 from app.errors import QuotesError
 from app.health import Health
 from app.model import Quote
@@ -87,7 +87,7 @@ async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
         url = settings.database_url.get_secret_value()
     if settings.migrate_on_start:
         await migrate(url, settings)
-    database = Database(url, settings)
+    database = database_of(url, settings)
     stack.push_async_callback(database.close)
     await database.connect()
     repository = QuoteRepository(database, settings)

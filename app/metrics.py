@@ -43,7 +43,17 @@ BUILD_INFO: Final = Gauge(
     ["version", "level"],
     multiprocess_mode="livemax",
 )
+READS: Final = Counter("quotes_reads_total", "Reads by the role of the server asked; a retry counts again.", ["role"])
+READ_RETRIES: Final = Counter("quotes_read_retries_total", "Reads that failed on a replica and ran on the primary.")
+REPLICA_LAG: Final = Gauge(
+    "quotes_replica_lag_seconds",
+    "Age of what a replica is known to have replayed, at most; infinite while it cannot be used.",
+    ["replica"],
+    multiprocess_mode="livemax",
+)
 
+for _role in ("primary", "replica"):
+    READS.labels(_role)
 for _result in ("inserted", "updated", "unchanged", "superseded", "rejected"):
     INGEST_ROWS.labels(_result)
 

@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest, Rejection
 
 OnConflict = Literal["update", "ignore", "error"]
+Consistency = Literal["eventual", "strong"]
 OnError = Literal["abort", "skip"]
 
 SYMBOL_PATTERN: Final = r"^[A-Z0-9.\-=^/:_]{1,32}$"

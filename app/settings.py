@@ -51,6 +51,15 @@ class Settings(BaseSettings):
         default=None,
         description="`postgresql://user:password@host:port/name` of the store. Unset: an embedded PostgreSQL.",
     )
+    read_database_url: SecretStr | None = Field(
+        default=None,
+        description="The same for reads: `postgresql://user:password@host1:port,host2:port/name` of its replicas.",
+    )
+    max_replica_lag: Duration = Field(
+        default=timedelta(seconds=10),
+        ge=timedelta(seconds=2),
+        description="Age above which what a replica has replayed is too old; reads then go to the primary.",
+    )
     data_dir: Path | None = Field(
         default=None,
         description="Directory of the embedded PostgreSQL. Unset: the user's data directory, "
@@ -118,7 +127,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Lowest level logged.")
 
-    @field_validator("database_url")
+    @field_validator("database_url", "read_database_url")
     @classmethod
     def _plain_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None or not value.get_secret_value().strip():
@@ -131,6 +140,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.read_database_url is not None and self.database_url is None:
+            raise ValueError("read_database_url names replicas of database_url, which is not set")
         if self.retention is not None and self.retention < 4 * self.chunk_interval:
             raise ValueError("retention must span at least four chunks (retention >= 4 x chunk_interval)")
         if self.retention is not None and self.compress_after >= self.retention:

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from app.errors import BodyTimeout, BodyTooLarge, InvalidPageToken, InvalidRequest, QuotesError, UnsupportedMediaType
 from app.health import Health
-from app.model import Timestamp, normal_symbol
+from app.model import Consistency, Timestamp, normal_symbol
 from app.repository.quotes import Page, Position, QuoteRepository
 from app.settings import Settings
 from app.writer import Writer
@@ -126,7 +126,16 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PagedQuery(Query):
+class ReadQuery(Query):
+    """Parameters of every read of quotes."""
+
+    consistency: Consistency = Field(
+        default="eventual",
+        description="`strong` sees every acknowledged write; `eventual` may lag by seconds where there are replicas.",
+    )
+
+
+class PagedQuery(ReadQuery):
     """Parameters of every paged route."""
 
     limit: int = Field(default=1000, ge=1, le=10_000, description="Most rows of one page.")

@@ -114,7 +114,7 @@ async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameter
     """OHLC bars that start in a time range, of any interval; days and longer are of UTC."""
     interval = Interval.parse(query.interval)
     wanted, paging = _page(request, query, interval, wired)
-    page = await wired.quotes.bars_page(wanted, interval, query.price)
+    page = await wired.quotes.at(query.consistency).bars_page(wanted, interval, query.price)
     return page_response(request, wired.settings, "bars", page, paging)
 
 
@@ -124,5 +124,5 @@ async def list_daily_summaries(
 ) -> Response:
     """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
     wanted, paging = _page(request, query, Interval(1, "d"), wired)
-    page = await wired.quotes.summary_page(wanted)
+    page = await wired.quotes.at(query.consistency).summary_page(wanted)
     return page_response(request, wired.settings, "summaries", page, paging)

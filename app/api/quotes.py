@@ -18,6 +18,7 @@ from app.api.deps import (
     PagedQuery,
     Paging,
     Query,
+    ReadQuery,
     Services,
     Symbols,
     Time,
@@ -123,13 +124,13 @@ class IntradayQuery(PagedQuery):
     sort: Sort = Field(default="asc", description="Order of time.")
 
 
-class LatestQuery(Query):
+class LatestQuery(ReadQuery):
     """Parameters of newest quotes."""
 
     symbols: Symbols | None = Field(default=None, description=SYMBOLS + " Default: all.")
 
 
-class CountQuery(Query):
+class CountQuery(ReadQuery):
     """Parameters of a count."""
 
     symbols: Symbols | None = Field(default=None, description=SYMBOLS + " Default: all.")
@@ -235,7 +236,7 @@ async def _quotes(
     limit_per_symbol: int | None,
 ) -> Response:
     check_range(paging.start, paging.end)
-    page = await wired.quotes.quotes_page(
+    page = await wired.quotes.at(query.consistency).quotes_page(
         Range(symbols, paging.start, paging.end, query.limit, sort, limit_per_symbol, paging.after)
     )
     return page_response(request, wired.settings, "quotes", page, paging)
@@ -246,7 +247,7 @@ async def latest_quotes(request: Request, query: Annotated[LatestQuery, QueryPar
     """The newest quote of each symbol; symbols without one are listed as missing."""
     formats.writer(request.headers.get("accept"))
     symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
-    rows, missing = await wired.quotes.latest_rows(symbols)
+    rows, missing = await wired.quotes.at(query.consistency).latest_rows(symbols)
     return json_response(f'{{"quotes":[{rows}],"missing":{msgspec.json.encode(missing).decode()}}}')
 
 
@@ -256,7 +257,8 @@ async def count_quotes(query: Annotated[CountQuery, QueryParameters()], wired: W
     if query.start is not None and query.end is not None:
         check_range(query.start, query.end)
     symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
-    count = await wired.quotes.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
+    store = wired.quotes.at(query.consistency)
+    count = await store.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
     return encoded({"count": count, "exact": not query.estimate})
 
 

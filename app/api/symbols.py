@@ -7,7 +7,7 @@ from fastapi import Query as QueryParameters
 from pydantic import AwareDatetime, BaseModel, Field
 
 from app import formats
-from app.api.deps import Query, Wired, json_response
+from app.api.deps import ReadQuery, Wired, json_response
 from app.api.problems import responses
 from app.model import normal_symbol
 
@@ -29,7 +29,7 @@ class SymbolPage(BaseModel):
     next_page_token: str | None = Field(description="The last symbol, if more follow.")
 
 
-class SymbolsQuery(Query):
+class SymbolsQuery(ReadQuery):
     """Parameters of the list of symbols."""
 
     limit: int = Field(default=10_000, ge=1, le=100_000, description="Most symbols of one page.")
@@ -41,6 +41,6 @@ async def list_symbols(request: Request, query: Annotated[SymbolsQuery, QueryPar
     """Stored symbols, at a cost independent of how many quotes they have."""
     formats.writer(request.headers.get("accept"))
     after = None if query.page_token is None else normal_symbol(query.page_token)
-    rows, last = await wired.quotes.symbols_page(query.limit, after)
+    rows, last = await wired.quotes.at(query.consistency).symbols_page(query.limit, after)
     token = "null" if last is None else f'"{last}"'
     return json_response(f'{{"symbols":[{rows}],"next_page_token":{token}}}')

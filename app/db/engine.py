@@ -1,27 +1,44 @@
 """Connection pools, with the session settings that every statement of the service relies on.
 
-Invariant: a connection leaves this module only inside a context manager that gives it back, and driver
-exceptions leave it only as `errors.*`. Sessions run in UTC, plan with the actual parameters (a generic plan
+Invariant: but for `Database.open`, a connection leaves this module only inside a context manager that gives it back,
+and driver exceptions leave it only as `errors.*`. Sessions run in UTC, plan with the actual parameters (a generic plan
 over a hypertable would lock every chunk) and stop a statement that runs over its time.
+
+A URL may name several hosts: the pool then holds connections to the one that takes writes, and moves when another
+one does.
 """
 
-from collections.abc import AsyncIterator, Iterator
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from weakref import WeakKeyDictionary
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from app import metrics
 from app.db.capability import DETECT, Capability
 from app.errors import DatabaseUnavailable, QueryTimeout, QuotesError
+from app.model import Consistency
 from app.settings import Settings
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"
+T = TypeVar("T")
+#: A read: it may run a second time, on another connection, so it has no effect but its result.
+Work: TypeAlias = Callable[[Connection], Awaitable[T]]
+#: Longest wait for one of several hosts; one that swallows packets must not use up the time of the others.
+_HOST_TIMEOUT: Final = 3.0
+#: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
+_RENEW_INTERVAL: Final = 1.0
 #: SQLSTATE classes that say "not now" rather than "never": connection, resources, operator intervention, system.
 _UNAVAILABLE = ("08", "53", "57", "58", "F0", "XX")
 _CANNOT_SERVE = {
@@ -76,10 +93,47 @@ def connection_lost(error: BaseException) -> bool:
     )
 
 
-def _refuse_closed(connection: Any, *_: object) -> None:
-    """Renew the pool when a server that went away has closed a pooled connection: known without a round trip."""
-    if connection.driver_connection.is_closed():
-        raise InvalidatePoolError
+def hosts_of(url: str) -> list[str]:
+    """A URL for each host that the URL names, in its order."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    auth, at, listed = parts.netloc.rpartition("@")
+    if listed:
+        hosts = listed.split(",")
+        urls = [urlunsplit(parts._replace(netloc=f"{auth}{at}{host}")) for host in hosts]
+    elif "host" in query:
+        hosts = query["host"].split(",")
+        urls = [urlunsplit(parts._replace(query=urlencode({**query, "host": host}))) for host in hosts]
+    else:
+        return [url]
+    ports = query.get("port", "").split(",")
+    if len(ports) == 1:
+        return urls
+    if len(ports) != len(hosts):
+        raise ValueError("as many ports as hosts, or one")
+    found = []
+    for one, port in zip(urls, ports, strict=True):
+        split = urlsplit(one)
+        found.append(urlunsplit(split._replace(query=urlencode({**dict(parse_qsl(split.query)), "port": port}))))
+    return found
+
+
+async def connect_first(urls: list[str], timeout: float, **options: Any) -> tuple[int, Connection]:
+    """A connection to the first of the hosts that can be reached, and its index; of several, that takes writes.
+
+    The driver's own list of hosts shares one timeout, which a host that does not answer would use up.
+    """
+    if len(urls) == 1:
+        return 0, await asyncpg.connect(urls[0], timeout=timeout, **options)
+    options["timeout"] = min(_HOST_TIMEOUT, timeout / len(urls))
+    options["target_session_attrs"] = SessionAttribute.read_write
+    failures: list[Exception] = []
+    for index, url in enumerate(urls):
+        try:
+            return index, await asyncpg.connect(url, **options)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            failures.append(error)
+    raise failures[0]
 
 
 class Database:
@@ -92,8 +146,12 @@ class Database:
     capability: Capability
 
     def __init__(self, url: str, settings: Settings) -> None:
-        self._url = url
+        self._hosts = hosts_of(url)
+        self._host = 0  # the one that took writes last
         self._settings = settings
+        #: When each open connection was opened, and to which host.
+        self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
+        self._renewed = -math.inf
         pool: dict[str, Any] = (
             {"poolclass": NullPool}
             if settings.pool_size == 0
@@ -104,14 +162,37 @@ class Database:
                 "pool_recycle": 3600,
             }
         )
-        self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=self._open, **pool)
-        event.listen(self.engine.sync_engine, "checkout", _refuse_closed)
+        self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=self.open, **pool)
+        event.listen(self.engine.sync_engine, "checkout", self._refuse_stale)
 
-    async def _open(self, timeout: float = 10, statement_timeout: timedelta | None = None) -> Connection:
+    def _refuse_stale(self, connection: Any, *_: object) -> None:
+        """Renew the pool when a server that went away has closed a pooled connection: known without a round trip.
+
+        So too when the connection is older than the last renewal. Disposing of the pool instead would lose sight of
+        the connections that are in use.
+        """
+        driver = connection.driver_connection
+        opened, _host = self._opened.get(driver, (math.inf, 0))
+        if driver.is_closed() or opened <= self._renewed:
+            raise InvalidatePoolError
+
+    def renew(self) -> None:
+        """Let no connection that is open now be used again; what runs on them goes on."""
+        self._renewed = time.monotonic()
+
+    def terminate(self, *, others: bool = False) -> None:
+        """Break every open connection, or those to other hosts than the one that takes writes now."""
+        for connection, (_, host) in list(self._opened.items()):
+            if not (others and host == self._host):
+                connection.terminate()
+
+    async def open(self, timeout: float = 10, statement_timeout: timedelta | None = None) -> Connection:
+        """A new connection outside the pool, for whoever closes it; the driver's exceptions come as they are."""
         milliseconds = int((statement_timeout or self._settings.statement_timeout).total_seconds() * 1000)
-        return await asyncpg.connect(
-            self._url,
-            timeout=timeout,
+        order = [*range(self._host, len(self._hosts)), *range(self._host)]
+        found, connection = await connect_first(
+            [self._hosts[i] for i in order],
+            timeout,
             # A pooler that hands each transaction to another server process cannot keep prepared statements.
             statement_cache_size=0 if self._settings.pool_size == 0 else 100,
             server_settings={
@@ -126,6 +207,9 @@ class Database:
                 "idle_in_transaction_session_timeout": "60000",
             },
         )
+        self._host = order[found]
+        self._opened[connection] = (time.monotonic(), self._host)
+        return connection
 
     async def connect(self) -> None:
         """Reach the server and detect its capability level.
@@ -150,11 +234,39 @@ class Database:
                 driver = cast("Connection", raw.driver_connection)
                 try:
                     yield driver
-                except BaseException:
+                except BaseException as error:
+                    read_only = isinstance(error, asyncpg.ReadOnlySQLTransactionError)
+                    if read_only and time.monotonic() - self._renewed > _RENEW_INTERVAL:
+                        # The server has become a standby. All connections lead there, and all of them work.
+                        self.renew()
                     # A cancelled or failed exchange may leave the protocol in the middle of a message.
-                    if driver.is_closed() or driver.is_in_transaction():
+                    if read_only or driver.is_closed() or driver.is_in_transaction():
                         await pooled.invalidate()
                     raise
+
+    async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
+        """What `work` reads; without replicas, `consistency` makes no difference.
+
+        Raises:
+            DatabaseUnavailable: no connection, or it broke twice.
+            QueryTimeout: a statement ran over its time.
+        """
+        del consistency
+        return await self._read_primary(work)
+
+    async def _read_primary(self, work: Work[T]) -> T:
+        metrics.READS.labels("primary").inc()
+        began = False
+        try:
+            async with self.acquire() as connection:
+                began = True
+                return await work(connection)
+        except DatabaseUnavailable as error:
+            # A pooled connection may have died with its server since it was last used; the next one is new.
+            if not began or error.__cause__ is None or not connection_lost(error.__cause__):
+                raise
+        async with self.acquire() as connection:
+            return await work(connection)
 
     @asynccontextmanager
     async def dedicated(
@@ -167,7 +279,7 @@ class Database:
             QueryTimeout: a statement ran over its time.
         """
         with translated():
-            driver = await self._open(timeout, statement_timeout)
+            driver = await self.open(timeout, statement_timeout)
             try:
                 yield driver
             finally:

@@ -13,6 +13,7 @@ As a library, without HTTP:
         bars = await quotes.get_bars(["AAPL"], "5m", start, end)
 """
 
+import copy
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,12 +29,14 @@ import pyarrow.compute as pc
 from pgpq import ArrowToPostgresBinaryEncoder
 
 from app.db.capability import Level
-from app.db.engine import Connection, Database, connection_lost
+from app.db.engine import Connection, Database, T, Work, connection_lost
 from app.db.models import RealTimeQuote
+from app.db.replicas import database_of
 from app.errors import Conflict, InvalidRequest, OutcomeUnknown, QuotesError, Rejection
 from app.model import (
     SCHEMA,
     Batch,
+    Consistency,
     Interval,
     Limits,
     OnConflict,
@@ -229,6 +232,7 @@ class QuoteRepository:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
+        self._consistency: Consistency = "eventual"
         self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
 
     @classmethod
@@ -240,12 +244,20 @@ class QuoteRepository:
             DatabaseUnavailable: the server cannot be reached.
         """
         settings = settings or Settings()
-        database = Database(url, settings)
+        database = database_of(url, settings)
         try:
             await database.connect()
             yield cls(database, settings)
         finally:
             await database.close()
+
+    def at(self, consistency: Consistency) -> Self:
+        """The same repository, whose reads see every committed write if `strong`, or else may come from a replica."""
+        if consistency == self._consistency:
+            return self
+        view = copy.copy(self)
+        view._consistency = consistency  # noqa: SLF001  a copy of this very object
+        return view
 
     # --- writing ---
 
@@ -490,23 +502,25 @@ class QuoteRepository:
         """
         width = Interval.parse(interval) if isinstance(interval, str) else interval
         wanted = _range(symbols, start, end, limit, sort)
-        async with self._database.acquire() as connection:
+
+        async def work(connection: Connection) -> list[Any]:
             argument = _Arguments()
             bars = await self._bars(connection, wanted, width, price, argument)
-            rows = await connection.fetch(
+            return await connection.fetch(
                 "SELECT symbol, timestamp, open, high, low, close, volume,"
                 f" round(turnover / nullif(volume, 0), 8), count, final FROM ({bars}) bars",
                 *argument.values,
             )
-        return [Bar(*row) for row in rows[:limit]]
+
+        return [Bar(*row) for row in (await self._read(work))[:limit]]
 
     # --- reading: pages of JSON text ---
 
     async def quotes_page(self, wanted: Range) -> Page:
         """A page of quotes; errors as in `get_quotes`."""
         argument = _Arguments()
-        async with self._database.acquire() as connection:
-            return await _page(connection, _quotes(wanted, argument), _QUOTE_JSON, wanted, argument)
+        statement = _quotes(wanted, argument)
+        return await self._read(lambda connection: _page(connection, statement, _QUOTE_JSON, wanted, argument))
 
     async def bars_page(self, wanted: Range, interval: Interval, price: BarPrice = "last") -> Page:
         """A page of bars; errors as in `get_bars`."""
@@ -517,10 +531,12 @@ class QuoteRepository:
         return await self._bars_page(wanted, Interval(1, "d"), "last", _SUMMARY_JSON)
 
     async def _bars_page(self, wanted: Range, interval: Interval, price: BarPrice, row: str) -> Page:
-        argument = _Arguments()
-        async with self._database.acquire() as connection:
+        async def work(connection: Connection) -> Page:
+            argument = _Arguments()
             bars = await self._bars(connection, wanted, interval, price, argument)
             return await _page(connection, bars, row, wanted, argument)
+
+        return await self._read(work)
 
     async def latest_rows(self, symbols: Sequence[str] | None) -> tuple[str, list[str]]:
         """The newest quotes as joined JSON text, and the named symbols that have none.
@@ -606,8 +622,10 @@ class QuoteRepository:
         return await rollups.stretches(connection, interval.source, wanted.start, end, floor)
 
     async def _fetch(self, statement: str, argument: _Arguments) -> list[Any]:
-        async with self._database.acquire() as connection:
-            return await connection.fetch(statement, *argument.values)
+        return await self._read(lambda connection: connection.fetch(statement, *argument.values))
+
+    async def _read(self, work: Work[T]) -> T:
+        return await self._database.read(work, self._consistency)
 
 
 _KEYS: Final = pa.schema([SCHEMA.field("symbol"), SCHEMA.field("timestamp")])

@@ -1,0 +1,253 @@
+"""Reads from standbys that have replayed what the primary wrote, up to a stated age.
+
+Invariant: an answer from a replica holds everything that was acknowledged `max_replica_lag` before the read; what
+cannot be shown to hold it comes from the primary. The age is taken from positions in the log on one clock, this
+process's own: at a known moment the primary had written up to here, and the replica has replayed as far. So neither an
+idle primary nor clocks that differ look like lag, and a standby that has lost its primary grows old by itself.
+
+A read that fails on a replica for any reason of the server's runs again on the primary. Overload is no such reason:
+the replica's load would then slow the ingest that it was to be kept away from.
+"""
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+import asyncpg
+import structlog
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from app import metrics
+from app.db.engine import Connection, Database, T, Work, hosts_of
+from app.errors import DatabaseUnavailable, QueryTimeout
+from app.model import Consistency
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_INTERVAL: Final = 1.0
+_TIMEOUT: Final = 3.0
+#: Looks in vain after which what still runs on a server is given up: its packets may be lost without a word.
+_MISSES: Final = 2
+_NEVER: Final = -math.inf
+
+# Functions that any role may call; those that name the sender or the timeline need pg_monitor. A server is known by
+# when it started, to the microsecond, whatever name it is reached by.
+_LOOK: Final = """
+SELECT pg_is_in_recovery(), pg_postmaster_start_time(),
+       ((CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_replay_lsn(), '0/0') ELSE pg_current_wal_lsn() END)
+        - '0/0'::pg_lsn)::bigint
+"""
+
+
+def database_of(url: str, settings: Settings) -> Database:
+    """The database at `url`, with the replicas of the settings, if any."""
+    if settings.read_database_url is None:
+        return Database(url, settings)
+    return ReplicatedDatabase(url, settings.read_database_url.get_secret_value(), settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    standby: bool
+    started: datetime
+    position: int
+
+
+class _Probe:
+    """A look at a server over one connection outside of the pool, which is kept."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+
+    async def look(self) -> _Seen | None:
+        """What the server says now; None if it does not answer in time."""
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                if self._connection is None:
+                    self._connection = await self._database.open(_TIMEOUT, timedelta(seconds=_TIMEOUT))
+                row = await self._connection.fetchrow(_LOOK)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+            self.close()
+            return None
+        return None if row is None else _Seen(*row)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One standby: `caught_up` is a moment of which it is known to hold everything acknowledged before."""
+
+    name: str
+    database: Database
+    probe: _Probe
+    caught_up: float = _NEVER
+    seen: _Seen | None = None
+    diverged: datetime | None = None
+    misses: int = 0
+    in_rotation: bool = False
+
+
+@dataclass(slots=True)
+class _Log:
+    """How far the primary had written, at moments of late, and who the primary was."""
+
+    primary: datetime | None = None
+    samples: "deque[tuple[float, int]]" = field(default_factory=deque)
+
+    def held(self, position: int) -> float:
+        """The latest of the moments at which no more had been written than up to `position`."""
+        return next((moment for moment, written in reversed(self.samples) if written <= position), _NEVER)
+
+
+class ReplicatedDatabase(Database):
+    """A database whose reads may come from its replicas."""
+
+    def __init__(self, url: str, read_url: str, settings: Settings) -> None:
+        super().__init__(url, settings)
+        self._max_lag = settings.max_replica_lag.total_seconds()
+        self._statement_time = settings.statement_timeout.total_seconds()
+        self._primary = _Probe(self)
+        self._replicas: list[_Replica] = []
+        for index, host in enumerate(hosts_of(read_url)):
+            pool = Database(host, settings)
+            self._replicas.append(_Replica(str(index), pool, _Probe(pool)))
+        self._turn = itertools.count()
+        self._log = _Log()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """As of any database, and look at the replicas once; they need not be there."""
+        await super().connect()
+        await self._look()
+        self._watcher = asyncio.create_task(self._watch(), name="replicas")
+
+    async def close(self) -> None:
+        """Close every pooled connection."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        self._primary.close()
+        for replica in self._replicas:
+            replica.probe.close()
+            await replica.database.close()
+        await super().close()
+
+    async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
+        """What `work` reads: if `strong` on the primary, else on a replica that is recent enough, if there is one.
+
+        Raises:
+            DatabaseUnavailable: no server can be reached, or the replica's pool is busy.
+            QueryTimeout: a statement ran over its time.
+        """
+        replica = self._choose() if consistency == "eventual" else None
+        if replica is None:
+            return await self._read_primary(work)
+        metrics.READS.labels("replica").inc()
+        began = time.monotonic()
+        try:
+            async with replica.database.acquire() as connection:
+                began = time.monotonic()
+                return await work(connection)
+        except QueryTimeout:
+            # A statement that was cancelled before its time was in somebody's way.
+            if time.monotonic() - began >= self._statement_time:
+                raise
+        except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, PoolTimeout):
+                raise
+            replica.caught_up = _NEVER  # until the next look
+        except asyncpg.PostgresError as error:
+            # A conflict with what it replays, or a migration that it has not replayed.
+            log.info("a read failed on a replica", replica=replica.name, sqlstate=error.sqlstate)
+        metrics.READ_RETRIES.inc()
+        return await self._read_primary(work)
+
+    def _choose(self) -> _Replica | None:
+        """The replicas in turn, of those that are recent enough."""
+        oldest = time.monotonic() - self._max_lag
+        recent = [replica for replica in self._replicas if replica.caught_up >= oldest]
+        return recent[next(self._turn) % len(recent)] if recent else None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_INTERVAL)
+            try:
+                await self._look()
+            except Exception:
+                log.exception("looking at the replicas failed")
+
+    async def _look(self) -> None:
+        """Find out how far the primary has written and each replica has replayed."""
+        await self._sample()
+        seen = await asyncio.gather(*(replica.probe.look() for replica in self._replicas))
+        primary = await self._sample()
+        for replica, now in zip(self._replicas, seen, strict=True):
+            self._judge(replica, now, primary)
+            self._tell(replica)
+
+    async def _sample(self) -> _Seen | None:
+        """Note how far the primary has written; forget what was noted of another primary."""
+        asked = time.monotonic()
+        seen = await self._primary.look()
+        if seen is None or seen.standby:
+            # Of a primary that has become a standby the next look finds the successor, if the URL names it.
+            self._primary.close()
+            return None
+        if seen.started != self._log.primary:
+            if self._log.primary is not None:
+                log.warning("the primary has changed or restarted")
+                self.terminate(others=True)
+                for replica in self._replicas:
+                    replica.caught_up = _NEVER
+            self._log = _Log(seen.started)
+        samples = self._log.samples
+        samples.append((asked, seen.position))
+        while samples[0][0] < asked - self._max_lag:
+            samples.popleft()
+        return seen
+
+    def _judge(self, replica: _Replica, now: _Seen | None, primary: _Seen | None) -> None:
+        before, replica.seen = replica.seen, now
+        if now is None:
+            replica.caught_up = _NEVER
+            replica.misses += 1
+            if replica.misses == _MISSES:
+                replica.database.terminate()
+            return
+        replica.misses = 0
+        if before is not None and (before.standby, before.started) != (now.standby, now.started):
+            replica.database.renew()
+            replica.caught_up = _NEVER
+        if not now.standby:
+            # A promoted standby. If it is not the primary of the writes, there are two.
+            is_primary = now.started == self._log.primary
+            replica.caught_up = self._log.samples[-1][0] if is_primary and self._log.samples else _NEVER
+            return
+        if primary is not None and now.position > primary.position:
+            # Looked at later, the primary has written less: the standby follows another history, and stays out until
+            # it is rebuilt, even when this primary's log has grown past it.
+            replica.diverged = now.started
+        if replica.diverged == now.started:
+            replica.caught_up = _NEVER
+            return
+        replica.caught_up = max(replica.caught_up, self._log.held(now.position))
+
+    def _tell(self, replica: _Replica) -> None:
+        lag = time.monotonic() - replica.caught_up
+        metrics.REPLICA_LAG.labels(replica.name).set(lag)
+        in_rotation = lag <= self._max_lag
+        if in_rotation != replica.in_rotation:
+            replica.in_rotation = in_rotation
+            change = "replica in rotation" if in_rotation else "replica out of rotation"
+            log.warning(change, replica=replica.name, lag=round(lag, 1) if math.isfinite(lag) else None)

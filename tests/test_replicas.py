@@ -1,0 +1,327 @@
+"""A primary and its standby, both real: what is read where, how old it may be, and what failing over costs."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+
+from app.db.embedded import _Cluster
+from app.db.engine import Connection
+from app.db.replicas import ReplicatedDatabase
+from app.main import create_app
+from app.settings import Settings
+from tests.conftest import random_symbol, running
+
+LAG = 3.0
+NOON = "2026-11-16T12:00:00Z"
+WHERE = "SELECT pg_is_in_recovery()"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A primary with a streaming standby; the standby gives way to replay at once."""
+
+    primary: _Cluster
+    standby: _Cluster
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of a service that writes to whichever is the primary, and reads from either."""
+        both = f"postgresql://quotes@/quotes?host={self.primary.socket},{self.standby.socket}"
+        return Settings(
+            _env_file=None,
+            database_url=both,
+            read_database_url=f"postgresql://quotes@/quotes?host={self.standby.socket}",
+            max_replica_lag=f"{LAG} s",
+            require_timescaledb="none",
+            retention=None,
+            log_format="console",
+        )
+
+
+@pytest.fixture
+def pair(shared_dir: Path) -> Iterator[Pair]:
+    """A migrated primary and a standby taken from it by `pg_basebackup`."""
+    directory = shared_dir / random_symbol()
+    primary_dir, standby_dir = directory / "p", directory / "s"
+    for path in (primary_dir, standby_dir):
+        path.mkdir(parents=True)
+    primary = _Cluster.prepare(primary_dir)
+    standby = replace(primary, data=standby_dir / "pgdata", socket=standby_dir / "run")
+    for path in (standby.data, standby.socket):
+        standby.give(path)
+    primary.start()
+    try:
+        standby.run(
+            "pg_basebackup", "-R", "--checkpoint=fast", "--no-sync", "-h", str(primary.socket), "-U", "quotes"
+        )  # fmt: skip
+        with (standby.data / "postgresql.conf").open("a") as config:
+            config.write("max_standby_streaming_delay = 0\n")
+        standby.start()
+        yield Pair(primary, standby)
+    finally:
+        for cluster in (standby, primary):
+            if cluster._is_running():
+                crash(cluster)
+
+
+def crash(cluster: _Cluster) -> None:
+    """Stop a server without a word to its clients."""
+    cluster.run("pg_ctl", "stop", "--mode=immediate", "--wait")
+
+
+async def within(seconds: float, reached: Callable[[], Awaitable[bool]]) -> float:
+    """How long it took until `reached`."""
+    began = time.monotonic()
+    while not await reached():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - began
+
+
+@asynccontextmanager
+async def connected(cluster: _Cluster) -> AsyncIterator[Connection]:
+    connection = await asyncpg.connect(f"postgresql://quotes@/quotes?host={cluster.socket}")
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+class Client:
+    """One symbol through the API."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.symbol = random_symbol()
+
+    async def write(self, price: int) -> int:
+        """The status of storing a price."""
+        quote = {"symbol": self.symbol, "timestamp": NOON, "price": price}
+        return (await self.http.post("/v1/quotes", json=[quote])).status_code
+
+    async def price(self, consistency: str = "eventual") -> float | None:
+        """The newest price, None if there is none."""
+        found = await self.http.get("/v1/quotes/latest", params={"symbols": self.symbol, "consistency": consistency})
+        assert found.status_code == 200, found.text
+        quotes = found.json()["quotes"]
+        return quotes[0]["price"] if quotes else None
+
+
+def reads(role: str) -> float:
+    """How many reads went to a role so far."""
+    return REGISTRY.get_sample_value("quotes_reads_total", {"role": role}) or 0
+
+
+async def in_standby(database: ReplicatedDatabase) -> bool:
+    """Whether an ordinary read now runs on a standby."""
+    return bool(await database.read(lambda connection: connection.fetchval(WHERE)))
+
+
+async def test_lag_consistency_and_failover(pair: Pair) -> None:
+    async with running(create_app(pair.settings)) as http:
+        client = Client(http)
+        routes = [
+            "/v1/quotes?symbols={0}&start=2026-11-16",
+            "/v1/quotes/latest?symbols={0}",
+            "/v1/quotes/intraday?symbol={0}&date=2026-11-16",
+            "/v1/quotes/count?symbols={0}",
+            "/v1/ohlc?symbols={0}&interval=1h&start=2026-11-16",
+            "/v1/summary/daily?symbols={0}&start=2026-11-16",
+            "/v1/symbols?limit=1",
+        ]
+        assert await client.write(1) == 200
+        await within(5, lambda: _is(client, 1))
+
+        # Every read runs on the standby, and none with `strong`.
+        for consistency, role, other in (("eventual", "replica", "primary"), ("strong", "primary", "replica")):
+            before = reads(role), reads(other)
+            for route in routes:
+                answer = await http.get(f"{route.format(client.symbol)}&consistency={consistency}")
+                assert answer.status_code == 200, answer.text
+            assert (reads(role), reads(other)) == (before[0] + len(routes), before[1])
+        refused = await http.get("/v1/quotes/latest", params={"consistency": "perhaps"})
+        assert refused.status_code == 400
+
+        # A standby that does not replay answers with what it has, up to the limit and not beyond it.
+        async with connected(pair.standby) as standby:
+            await standby.execute("SELECT pg_wal_replay_pause()")
+            await within(5, lambda: standby.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+            written = time.monotonic()
+            assert await client.write(2) == 200
+            assert await client.price("strong") == 2
+            assert await client.price() == 1
+            older = 0.0
+            while await client.price() == 1:
+                older = time.monotonic() - written
+                await asyncio.sleep(0.02)
+            assert LAG - 1.5 < older <= LAG + 0.1, older
+            assert await client.price() == 2
+            await standby.execute("SELECT pg_wal_replay_resume()")
+        before_resume = reads("replica")
+
+        async def back() -> bool:
+            await client.price()
+            return reads("replica") > before_resume
+
+        await within(5, back)
+
+        # An idle primary is no lag.
+        await asyncio.sleep(LAG + 1)
+        before_idle = reads("replica")
+        assert await client.price() == 2
+        assert reads("replica") == before_idle + 1
+
+        # The primary dies, the standby is promoted: the service goes on, as it is.
+        crash(pair.primary)
+        assert await client.price() == 2
+        died = time.monotonic()
+        assert (await http.get("/health")).status_code == 503
+        pair.standby.run("pg_ctl", "promote", "--wait")
+        await within(10, lambda: _writes(client, 3))
+        writes_back = time.monotonic() - died
+        await within(10, lambda: _is(client, 3))
+        assert await client.price("strong") == 3
+        back_after = time.monotonic() - died
+        assert back_after < 10
+        await within(5, lambda: _healthy(http))
+        print(f"writes back after {writes_back:.1f} s, reads after {back_after:.1f} s")  # noqa: T201  a measurement
+
+        # The standby is the primary now, and no replica of a former one.
+        before_failover = reads("replica")
+
+        async def in_rotation() -> bool:
+            await client.price()
+            return reads("replica") > before_failover
+
+        await within(5, in_rotation)
+
+
+async def _is(client: Client, price: float) -> bool:
+    try:
+        return await client.price() == price
+    except AssertionError:
+        return False
+
+
+async def _writes(client: Client, price: int) -> bool:
+    return await client.write(price) == 200
+
+
+async def _healthy(http: httpx.AsyncClient) -> bool:
+    return (await http.get("/health")).status_code == 200
+
+
+@asynccontextmanager
+async def replicated(pair: Pair, **changes: Any) -> AsyncIterator[ReplicatedDatabase]:
+    settings = pair.settings.model_copy(update=changes)
+    assert settings.database_url is not None
+    assert settings.read_database_url is not None
+    database = ReplicatedDatabase(
+        settings.database_url.get_secret_value(), settings.read_database_url.get_secret_value(), settings
+    )
+    try:
+        await database.connect()
+        yield database
+    finally:
+        await database.close()
+
+
+async def test_a_read_that_fails_on_the_standby_runs_on_the_primary(pair: Pair) -> None:
+    began = asyncio.Event()
+
+    async def work(connection: Connection) -> bool:
+        standby: bool = await connection.fetchval(WHERE)
+        began.set()
+        if standby:
+            await connection.fetchval("SELECT count(pg_sleep(4)) FROM held")
+        return standby
+
+    async with connected(pair.primary) as primary:
+        await primary.execute("CREATE TABLE held AS SELECT 1 AS n")
+    async with replicated(pair) as database, connected(pair.standby) as standby, connected(pair.primary) as primary:
+        await within(5, lambda: standby.fetchval("SELECT to_regclass('held') IS NOT NULL"))
+        await within(5, lambda: in_standby(database))
+
+        async def interrupted(how: Callable[[], Awaitable[Any]]) -> bool:
+            await within(5, lambda: in_standby(database))
+            began.clear()
+            read = asyncio.create_task(database.read(work))
+            await began.wait()
+            await within(
+                2,
+                lambda: standby.fetchval(
+                    "SELECT count(*) > 0 FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%held%'"
+                    " AND pid <> pg_backend_pid()"
+                ),
+            )
+            started = time.monotonic()
+            await how()
+            ran_on_standby = await read
+            assert time.monotonic() - started < 3
+            return not ran_on_standby
+
+        other = "FROM pg_stat_activity WHERE query LIKE '%held%' AND pid <> pg_backend_pid()"
+        assert await interrupted(lambda: standby.execute(f"SELECT pg_cancel_backend(pid) {other}"))
+        assert await interrupted(lambda: standby.execute(f"SELECT pg_terminate_backend(pid) {other}"))
+        # A real conflict: what the standby has to replay takes a lock that the read is in the way of.
+        assert await interrupted(lambda: primary.execute("LOCK held IN ACCESS EXCLUSIVE MODE; DROP TABLE held"))
+
+        # A table that the standby does not have yet.
+        await standby.execute("SELECT pg_wal_replay_pause()")
+        await primary.execute("CREATE TABLE fresh AS SELECT 1 AS n")
+        assert await database.read(lambda connection: connection.fetchval("SELECT n FROM fresh")) == 1
+        # A write by mistake is refused there, and done where it can be.
+        await database.read(lambda connection: connection.execute("UPDATE fresh SET n = 2"))
+        assert await primary.fetchval("SELECT n FROM fresh") == 2
+        await standby.execute("SELECT pg_wal_replay_resume()")
+
+    # Without the standby, reads go on, and they come back to it.
+    async with replicated(pair) as database:
+        await within(5, lambda: in_standby(database))
+        crash(pair.standby)
+        for _ in range(50):
+            assert not await in_standby(database)
+        pair.standby.start()
+        await within(10, lambda: in_standby(database))
+
+
+async def test_a_standby_that_lost_its_primary_grows_old(pair: Pair) -> None:
+    async with replicated(pair) as database:
+        await within(5, lambda: in_standby(database))
+        async with connected(pair.standby) as standby, connected(pair.primary) as primary:
+            await standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+            await standby.execute("SELECT pg_reload_conf()")
+            await within(5, lambda: standby.fetchval("SELECT count(*) = 0 FROM pg_stat_wal_receiver"))
+            # Everything received is replayed, and nothing happens on the primary: no answer is old.
+            await asyncio.sleep(LAG + 1)
+            assert await in_standby(database)
+            await primary.execute("CREATE TABLE unseen (n int)")
+            await within(LAG + 1.5, lambda: _not(in_standby(database)))
+
+
+async def _not(answer: Awaitable[bool]) -> bool:
+    return not await answer
+
+
+async def test_a_pool_on_a_server_that_became_read_only_is_renewed(pair: Pair) -> None:
+    async with replicated(pair) as database, connected(pair.primary) as primary:
+        async with database.acquire() as connection:
+            pid = connection.get_server_pid()
+            await connection.execute("SET default_transaction_read_only = on")
+        with pytest.raises(Exception, match="read-only"):
+            async with database.acquire() as connection:
+                await connection.execute("CREATE TABLE refused (n int)")
+        async with database.acquire() as connection:
+            assert connection.get_server_pid() != pid
+            await connection.execute("CREATE TABLE taken (n int)")
+        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
+        await within(5, lambda: primary.fetchval(gone, pid))

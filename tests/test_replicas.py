@@ -1,10 +1,13 @@
 """A primary and its standby, both real: what is read where, how old it may be, and what failing over costs."""
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
-from app.db.engine import Connection
-from app.db.replicas import ReplicatedDatabase
+from app.db.engine import Connection, hosts_of
+from app.db.replicas import ReplicatedDatabase, _Seen
 from app.main import create_app
 from app.settings import Settings
 from tests.conftest import random_symbol, running
@@ -47,10 +50,9 @@ class Pair:
         )
 
 
-@pytest.fixture
-def pair(shared_dir: Path) -> Iterator[Pair]:
-    """A migrated primary and a standby taken from it by `pg_basebackup`."""
-    directory = shared_dir / random_symbol()
+@contextmanager
+def replication(directory: Path) -> Iterator[Pair]:
+    """A primary and a standby taken from it by `pg_basebackup`."""
     primary_dir, standby_dir = directory / "p", directory / "s"
     for path in (primary_dir, standby_dir):
         path.mkdir(parents=True)
@@ -60,9 +62,8 @@ def pair(shared_dir: Path) -> Iterator[Pair]:
         standby.give(path)
     primary.start()
     try:
-        standby.run(
-            "pg_basebackup", "-R", "--checkpoint=fast", "--no-sync", "-h", str(primary.socket), "-U", "quotes"
-        )  # fmt: skip
+        source = ("-h", str(primary.socket), "-U", "quotes")
+        standby.run("pg_basebackup", "-R", "--checkpoint=fast", "--no-sync", *source)
         with (standby.data / "postgresql.conf").open("a") as config:
             config.write("max_standby_streaming_delay = 0\n")
         standby.start()
@@ -71,6 +72,13 @@ def pair(shared_dir: Path) -> Iterator[Pair]:
         for cluster in (standby, primary):
             if cluster._is_running():
                 crash(cluster)
+
+
+@pytest.fixture(scope="module")
+def pair(shared_dir: Path) -> Iterator[Pair]:
+    """One pair for all tests here; the last of them promotes the standby."""
+    with replication(shared_dir / random_symbol()) as built:
+        yield built
 
 
 def crash(cluster: _Cluster) -> None:
@@ -124,85 +132,6 @@ def reads(role: str) -> float:
 async def in_standby(database: ReplicatedDatabase) -> bool:
     """Whether an ordinary read now runs on a standby."""
     return bool(await database.read(lambda connection: connection.fetchval(WHERE)))
-
-
-async def test_lag_consistency_and_failover(pair: Pair) -> None:
-    async with running(create_app(pair.settings)) as http:
-        client = Client(http)
-        routes = [
-            "/v1/quotes?symbols={0}&start=2026-11-16",
-            "/v1/quotes/latest?symbols={0}",
-            "/v1/quotes/intraday?symbol={0}&date=2026-11-16",
-            "/v1/quotes/count?symbols={0}",
-            "/v1/ohlc?symbols={0}&interval=1h&start=2026-11-16",
-            "/v1/summary/daily?symbols={0}&start=2026-11-16",
-            "/v1/symbols?limit=1",
-        ]
-        assert await client.write(1) == 200
-        await within(5, lambda: _is(client, 1))
-
-        # Every read runs on the standby, and none with `strong`.
-        for consistency, role, other in (("eventual", "replica", "primary"), ("strong", "primary", "replica")):
-            before = reads(role), reads(other)
-            for route in routes:
-                answer = await http.get(f"{route.format(client.symbol)}&consistency={consistency}")
-                assert answer.status_code == 200, answer.text
-            assert (reads(role), reads(other)) == (before[0] + len(routes), before[1])
-        refused = await http.get("/v1/quotes/latest", params={"consistency": "perhaps"})
-        assert refused.status_code == 400
-
-        # A standby that does not replay answers with what it has, up to the limit and not beyond it.
-        async with connected(pair.standby) as standby:
-            await standby.execute("SELECT pg_wal_replay_pause()")
-            await within(5, lambda: standby.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
-            written = time.monotonic()
-            assert await client.write(2) == 200
-            assert await client.price("strong") == 2
-            assert await client.price() == 1
-            older = 0.0
-            while await client.price() == 1:
-                older = time.monotonic() - written
-                await asyncio.sleep(0.02)
-            assert LAG - 1.5 < older <= LAG + 0.1, older
-            assert await client.price() == 2
-            await standby.execute("SELECT pg_wal_replay_resume()")
-        before_resume = reads("replica")
-
-        async def back() -> bool:
-            await client.price()
-            return reads("replica") > before_resume
-
-        await within(5, back)
-
-        # An idle primary is no lag.
-        await asyncio.sleep(LAG + 1)
-        before_idle = reads("replica")
-        assert await client.price() == 2
-        assert reads("replica") == before_idle + 1
-
-        # The primary dies, the standby is promoted: the service goes on, as it is.
-        crash(pair.primary)
-        assert await client.price() == 2
-        died = time.monotonic()
-        assert (await http.get("/health")).status_code == 503
-        pair.standby.run("pg_ctl", "promote", "--wait")
-        await within(10, lambda: _writes(client, 3))
-        writes_back = time.monotonic() - died
-        await within(10, lambda: _is(client, 3))
-        assert await client.price("strong") == 3
-        back_after = time.monotonic() - died
-        assert back_after < 10
-        await within(5, lambda: _healthy(http))
-        print(f"writes back after {writes_back:.1f} s, reads after {back_after:.1f} s")  # noqa: T201  a measurement
-
-        # The standby is the primary now, and no replica of a former one.
-        before_failover = reads("replica")
-
-        async def in_rotation() -> bool:
-            await client.price()
-            return reads("replica") > before_failover
-
-        await within(5, in_rotation)
 
 
 async def _is(client: Client, price: float) -> bool:
@@ -298,6 +227,7 @@ async def test_a_standby_that_lost_its_primary_grows_old(pair: Pair) -> None:
     async with replicated(pair) as database:
         await within(5, lambda: in_standby(database))
         async with connected(pair.standby) as standby, connected(pair.primary) as primary:
+            source = await standby.fetchval("SHOW primary_conninfo")
             await standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
             await standby.execute("SELECT pg_reload_conf()")
             await within(5, lambda: standby.fetchval("SELECT count(*) = 0 FROM pg_stat_wal_receiver"))
@@ -306,6 +236,10 @@ async def test_a_standby_that_lost_its_primary_grows_old(pair: Pair) -> None:
             assert await in_standby(database)
             await primary.execute("CREATE TABLE unseen (n int)")
             await within(LAG + 1.5, lambda: _not(in_standby(database)))
+            quoted = await standby.fetchval("SELECT quote_literal($1::text)", source)
+            await standby.execute(f"ALTER SYSTEM SET primary_conninfo = {quoted}")
+            await standby.execute("SELECT pg_reload_conf()")
+        await within(10, lambda: in_standby(database))
 
 
 async def _not(answer: Awaitable[bool]) -> bool:
@@ -325,3 +259,140 @@ async def test_a_pool_on_a_server_that_became_read_only_is_renewed(pair: Pair) -
             await connection.execute("CREATE TABLE taken (n int)")
         gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
         await within(5, lambda: primary.fetchval(gone, pid))
+
+
+async def test_lag_consistency_and_failover(pair: Pair) -> None:
+    async with running(create_app(pair.settings)) as http:
+        client = Client(http)
+        routes = [
+            "/v1/quotes?symbols={0}&start=2026-11-16",
+            "/v1/quotes/latest?symbols={0}",
+            "/v1/quotes/intraday?symbol={0}&date=2026-11-16",
+            "/v1/quotes/count?symbols={0}",
+            "/v1/ohlc?symbols={0}&interval=1h&start=2026-11-16",
+            "/v1/summary/daily?symbols={0}&start=2026-11-16",
+            "/v1/symbols?limit=1",
+        ]
+        assert await client.write(1) == 200
+        await within(5, lambda: _is(client, 1))
+
+        # Every read runs on the standby, and none with `strong`.
+        for consistency, role, other in (("eventual", "replica", "primary"), ("strong", "primary", "replica")):
+            before = reads(role), reads(other)
+            for route in routes:
+                answer = await http.get(f"{route.format(client.symbol)}&consistency={consistency}")
+                assert answer.status_code == 200, answer.text
+            assert (reads(role), reads(other)) == (before[0] + len(routes), before[1])
+        refused = await http.get("/v1/quotes/latest", params={"consistency": "perhaps"})
+        assert refused.status_code == 400
+
+        # A standby that does not replay answers with what it has, up to the limit and not beyond it.
+        async with connected(pair.standby) as standby:
+            await standby.execute("SELECT pg_wal_replay_pause()")
+            await within(5, lambda: standby.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+            written = time.monotonic()
+            assert await client.write(2) == 200
+            assert await client.price("strong") == 2
+            assert await client.price() == 1
+            older = 0.0
+            while await client.price() == 1:
+                older = time.monotonic() - written
+                await asyncio.sleep(0.02)
+            assert LAG - 1.5 < older <= LAG + 0.1, older
+            assert await client.price() == 2
+            await standby.execute("SELECT pg_wal_replay_resume()")
+        before_resume = reads("replica")
+
+        async def back() -> bool:
+            await client.price()
+            return reads("replica") > before_resume
+
+        await within(5, back)
+
+        # An idle primary is no lag.
+        await asyncio.sleep(LAG + 1)
+        before_idle = reads("replica")
+        assert await client.price() == 2
+        assert reads("replica") == before_idle + 1
+
+        # The primary dies, the standby is promoted: the service goes on, as it is.
+        crash(pair.primary)
+        assert await client.price() == 2
+        died = time.monotonic()
+        assert (await http.get("/health")).status_code == 503
+        pair.standby.run("pg_ctl", "promote", "--wait")
+        await within(10, lambda: _writes(client, 3))
+        writes_back = time.monotonic() - died
+        await within(10, lambda: _is(client, 3))
+        assert await client.price("strong") == 3
+        back_after = time.monotonic() - died
+        assert back_after < 10
+        await within(5, lambda: _healthy(http))
+        print(f"writes back after {writes_back:.1f} s, reads after {back_after:.1f} s")  # noqa: T201  a measurement
+
+        # The standby is the primary now, and no replica of a former one.
+        before_failover = reads("replica")
+
+        async def in_rotation() -> bool:
+            await client.price()
+            return reads("replica") > before_failover
+
+        await within(5, in_rotation)
+
+
+async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
+    with replication(shared_dir / random_symbol()) as pair:
+        postmaster = int((pair.primary.data / "postmaster.pid").read_text().split()[0])
+        async with running(create_app(pair.settings)) as http:
+            client = Client(http)
+            assert await client.write(1) == 200
+            async with connected(pair.primary) as primary:
+                rows = await primary.fetch("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            frozen = [postmaster, *(row[0] for row in rows)]
+            for pid in frozen:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                hung = time.monotonic()
+                waiting = asyncio.create_task(client.write(2))
+                pair.standby.run("pg_ctl", "promote", "--wait")
+                await within(10, lambda: _writes(client, 3))
+                assert time.monotonic() - hung < 10
+                assert await waiting == 503
+                assert await client.price("strong") == 3
+                await within(5, lambda: _is(client, 3))
+            finally:
+                for pid in frozen:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_standby_of_another_history_stays_out(pair: Pair) -> None:
+    settings = pair.settings
+    database = ReplicatedDatabase("postgresql:///a", "postgresql:///b", settings)
+    (replica,) = database._replicas
+    primary, standby = (_Seen(kind, datetime(2026, 1, day, tzinfo=UTC), 100) for kind, day in ((False, 1), (True, 2)))
+
+    def judged(position: int, written: int) -> bool:
+        database._log.samples.append((time.monotonic(), written))
+        database._judge(replica, replace(standby, position=position), replace(primary, position=written))
+        return database._choose() is replica
+
+    assert judged(100, 100)
+    assert not judged(101, 100)
+    assert not judged(101, 200)
+    replica.seen = standby = replace(standby, started=datetime(2026, 1, 3, tzinfo=UTC))
+    assert judged(200, 200)
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("postgresql://u:p@a:1,b:2/db?x=1", ["postgresql://u:p@a:1/db?x=1", "postgresql://u:p@b:2/db?x=1"]),
+        ("postgresql://u@/db?host=/a,/b", ["postgresql://u@/db?host=%2Fa", "postgresql://u@/db?host=%2Fb"]),
+        ("postgresql://a,b/db?port=1,2", ["postgresql://a/db?port=1", "postgresql://b/db?port=2"]),
+        ("postgresql://u@[::1]:5432/db", ["postgresql://u@[::1]:5432/db"]),
+        ("postgresql:///db", ["postgresql:///db"]),
+    ],
+)
+def test_hosts_of_a_url(url: str, hosts: list[str]) -> None:
+    assert hosts_of(url) == hosts

@@ -69,9 +69,9 @@ class _Probe:
     async def look(self) -> _Seen | None:
         """What the server says now; None if it does not answer in time."""
         try:
+            if self._connection is None:
+                self._connection = await self._database.open(_TIMEOUT, timedelta(seconds=_TIMEOUT))
             async with asyncio.timeout(_TIMEOUT):
-                if self._connection is None:
-                    self._connection = await self._database.open(_TIMEOUT, timedelta(seconds=_TIMEOUT))
                 row = await self._connection.fetchrow(_LOOK)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
             self.close()

@@ -98,24 +98,18 @@ def hosts_of(url: str) -> list[str]:
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     auth, at, listed = parts.netloc.rpartition("@")
-    if listed:
-        hosts = listed.split(",")
-        urls = [urlunsplit(parts._replace(netloc=f"{auth}{at}{host}")) for host in hosts]
-    elif "host" in query:
-        hosts = query["host"].split(",")
-        urls = [urlunsplit(parts._replace(query=urlencode({**query, "host": host}))) for host in hosts]
-    else:
-        return [url]
+    hosts = (listed or query.get("host", "")).split(",")
     ports = query.get("port", "").split(",")
-    if len(ports) == 1:
-        return urls
-    if len(ports) != len(hosts):
-        raise ValueError("as many ports as hosts, or one")
-    found = []
-    for one, port in zip(urls, ports, strict=True):
-        split = urlsplit(one)
-        found.append(urlunsplit(split._replace(query=urlencode({**dict(parse_qsl(split.query)), "port": port}))))
-    return found
+    if len(hosts) == 1:
+        return [url]
+    if len(ports) not in {1, len(hosts)}:
+        raise ValueError("A URL has one port, or as many as hosts.")
+    urls = []
+    for host, port in zip(hosts, ports * (len(hosts) // len(ports)), strict=True):
+        own = query | ({"port": port} if port else {}) | ({} if listed else {"host": host})
+        netloc = f"{auth}{at}{host}" if listed else parts.netloc
+        urls.append(urlunsplit(parts._replace(netloc=netloc, query=urlencode(own))))
+    return urls
 
 
 async def connect_first(urls: list[str], timeout: float, **options: Any) -> tuple[int, Connection]:

@@ -47,9 +47,10 @@ SELECT pg_is_in_recovery(), pg_postmaster_start_time(),
 
 def database_of(url: str, settings: Settings) -> Database:
     """The database at `url`, with the replicas of the settings, if any."""
-    if settings.read_database_url is None:
+    read_url = settings.read_database_url
+    if read_url is None and len(hosts_of(url)) == 1:
         return Database(url, settings)
-    return ReplicatedDatabase(url, settings.read_database_url.get_secret_value(), settings)
+    return ReplicatedDatabase(url, None if read_url is None else read_url.get_secret_value(), settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +112,15 @@ class _Log:
 
 
 class ReplicatedDatabase(Database):
-    """A database whose reads may come from its replicas."""
+    """A database whose reads may come from its replicas, and that moves when its primary does."""
 
-    def __init__(self, url: str, read_url: str, settings: Settings) -> None:
+    def __init__(self, url: str, read_url: str | None, settings: Settings) -> None:
         super().__init__(url, settings)
         self._max_lag = settings.max_replica_lag.total_seconds()
         self._statement_time = settings.statement_timeout.total_seconds()
         self._primary = _Probe(self)
         self._replicas: list[_Replica] = []
-        for index, host in enumerate(hosts_of(read_url)):
+        for index, host in enumerate([] if read_url is None else hosts_of(read_url)):
             pool = Database(host, settings)
             self._replicas.append(_Replica(str(index), pool, _Probe(pool)))
         self._turn = itertools.count()

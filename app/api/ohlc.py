@@ -26,7 +26,7 @@ from app.api.deps import (
 from app.api.problems import responses
 from app.errors import InvalidRequest
 from app.model import Interval
-from app.repository.quotes import BarPrice, Range, Sort
+from app.repository.quotes import BarPrice, BarSpec, Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["bars"])
 
@@ -88,6 +88,7 @@ class BarsQuery(SummaryQuery):
         examples=["1m", "5m", "1h", "1d"],
     )
     price: BarPrice = Field(default="last", description="What the bars are of; `mid` is (bid + ask) / 2.")
+    tz: str = Field(default="UTC", max_length=64, description="IANA time zone in which days begin.")
 
 
 def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wired) -> tuple[Range, Paging]:
@@ -111,10 +112,10 @@ def _bars_before(end: datetime, width: timedelta) -> datetime:
 
 @router.get("/ohlc", response_model=BarPage, responses=responses(400, 406, 503))
 async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameters()], wired: Wired) -> Response:
-    """OHLC bars that start in a time range, of any interval; days and longer are of UTC."""
-    interval = Interval.parse(query.interval)
-    wanted, paging = _page(request, query, interval, wired)
-    page = await wired.quotes.bars_page(wanted, interval, query.price)
+    """OHLC bars that start in a time range, of any interval, in any time zone."""
+    spec = BarSpec(Interval.parse(query.interval), query.price, query.tz)
+    wanted, paging = _page(request, query, spec.interval, wired)
+    page = await wired.quotes.bars_page(wanted, spec)
     return page_response(request, wired.settings, "bars", page, paging)
 
 

@@ -1,10 +1,12 @@
 """The repository on a real database: what is written is what is read, whatever the order and the overlap."""
 
 import asyncio
+import json
 import random
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -461,6 +463,76 @@ async def _check_bars(
             assert abs(got["vwap"] - want["vwap"]) <= Decimal("1e-8")
             want["vwap"] = got["vwap"]
         assert got == want
+
+
+@pytest.mark.parametrize("limit", [1000, 3])
+@pytest.mark.parametrize(
+    ("interval", "tz", "step"),
+    [
+        ("1h", "UTC", timedelta(hours=1)),
+        ("90m", "UTC", timedelta(minutes=90)),
+        ("6h", "America/New_York", timedelta(hours=6)),
+        ("1d", "America/New_York", None),
+        ("1M", "UTC", None),
+    ],
+)
+async def test_gaps_are_filled_on_every_page(
+    quotes: QuoteRepository, interval: str, tz: str, step: timedelta | None, limit: int
+) -> None:
+    symbols = sorted((random_symbol(), random_symbol()))
+    start, end = datetime(2026, 10, 25, tzinfo=UTC), datetime(2026, 11, 5, tzinfo=UTC)  # New York changes its clocks
+    if interval == "1M":
+        start, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 11, 5, tzinfo=UTC)
+    rng = random.Random(3)
+    for symbol in symbols:
+        await quotes.bulk_insert(
+            [quote(symbol, start + rng.random() * (end - start) * 0.9, i + 1, volume=1) for i in range(9)]
+        )
+    plain = json.loads(f"[{(await quotes.bars_page(Range(symbols, start, end, 10_000), _spec(interval, tz))).rows}]")
+    for fill in ("null", "previous"):
+        rows: list[dict[str, Any]] = []
+        after: Position | None = None
+        while True:
+            page = await quotes.bars_page(
+                Range(symbols, start, end, limit, "asc", None, after), _spec(interval, tz, fill)
+            )
+            rows += json.loads(f"[{page.rows}]")
+            after = page.next
+            if after is None:
+                break
+        assert [row for row in rows if row["count"]] == plain, "bars with quotes are left as they are"
+        for symbol in symbols:
+            own = [row for row in rows if row["symbol"] == symbol]
+            times = [datetime.fromisoformat(row["timestamp"]) for row in own]
+            assert own[0]["count"] > 0
+            assert times[-1] + (step or timedelta(days=31)) >= end
+            if step is not None and tz == "UTC":
+                assert all(b - a == step for a, b in pairwise(times))
+            elif interval == "1d":
+                days = [at.astimezone(ZoneInfo(tz)).date() for at in times]
+                assert days == [days[0] + timedelta(days=i) for i in range(len(days))]
+            _check_filled(own, fill)
+
+
+def _check_filled(rows: list[dict[str, Any]], fill: str) -> None:
+    times = [row["timestamp"] for row in rows]
+    assert times == sorted(set(times))
+    for previous, row in pairwise(rows):
+        if not row["count"]:
+            wanted = previous["close"] if fill == "previous" else None
+            assert {row[name] for name in ("open", "high", "low", "close")} == {wanted}
+            assert row["volume"] is None
+            assert row["vwap"] is None
+
+
+def _spec(interval: str, tz: str, fill: Any = "none") -> BarSpec:
+    return BarSpec(Interval.parse(interval), "last", tz, fill)
+
+
+async def test_too_many_gaps_are_not_filled(quotes: QuoteRepository, symbol: str) -> None:
+    wanted = Range([symbol], T0 - timedelta(days=2), T0)
+    with pytest.raises(InvalidRequest, match="filled"):
+        await quotes.bars_page(wanted, _spec("1s", "UTC", "null"))
 
 
 async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, symbol: str) -> None:

@@ -47,10 +47,12 @@ from app.settings import Settings
 
 Sort = Literal["asc", "desc"]
 BarPrice = Literal["last", "bid", "ask", "mid"]
+Fill = Literal["none", "null", "previous"]
 _Result = TypeVar("_Result")
 
 _TICK: Final = timedelta(microseconds=1)
 _DAY_SECONDS: Final = 86_400
+_MOST_FILLED: Final = 100_000
 _LONG_DAY: Final = timedelta(hours=3)  # more than any day is longer than 24 hours
 _ATTEMPTS: Final = 3
 _LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
@@ -188,6 +190,9 @@ class BarSpec:
     In a zone, bars of days and more begin at local midnight and are as long as the days are: 23 or 25 hours when
     the clocks change. Shorter ones are counted in elapsed time from local midnight, so they must divide a day.
 
+    With `fill` the gaps between a symbol's first bar of the range and the range's end, or now, get a bar whose
+    count is 0: of nulls, or of the close before it.
+
     Raises:
         InvalidRequest: the zone is unknown, or the interval cannot be counted from its midnights.
     """
@@ -195,6 +200,7 @@ class BarSpec:
     interval: Interval
     price: BarPrice = "last"
     tz: str = "UTC"
+    fill: Fill = "none"
 
     def __post_init__(self) -> None:
         zone(self.tz)
@@ -699,31 +705,40 @@ class QuoteRepository:
         )
         found = await self._stretches(connection, wanted, spec)
         bucket, bucket_end = _buckets(spec, argument)
+        filled = spec.fill != "none"
+        if filled and (wanted.end - wanted.start) / spec.interval.width > _MOST_FILLED:
+            raise InvalidRequest(f"At most {_MOST_FILLED} bars of a symbol are filled at once.", parameter="fill")
 
         def inner(span: _Span | None) -> str:
             parts = []
-            beyond = f" + {argument(spec.interval.width + _LONG_DAY)}::interval" if span is None else ""
+            beyond = "" if span or filled else f" + {argument(spec.interval.width + _LONG_DAY)}::interval"
             for part in found:
-                start = part.start if span is None else max(part.start, span.start)
+                # A filled bar may take its price from before the page, so each page looks at the whole range.
+                start = part.start if span is None or filled else max(part.start, span.start)
                 if start >= part.end:
                     continue
                 is_raw = part.source == rollups.RAW
+                of_span = "symbol = span.symbol" if span is None and filled else _of(span, argument, beyond)
                 parts.append(f"""
                     SELECT {raw if is_raw else f"timestamp, {_BAR_COLUMNS}"} FROM quotes.{part.source}
-                    WHERE {_of(span, argument, beyond)} AND timestamp >= {argument(start)}::timestamptz
+                    WHERE {of_span} AND timestamp >= {argument(start)}::timestamptz
                       AND timestamp < {argument(part.end)}::timestamptz
                       {f"AND {value} IS NOT NULL" if is_raw else ""}""")
-            low, high = ("span.start", "span.stop") if span is None else (argument(span.start), argument(span.stop))
             # One ordered array gives both ends of a bar; the key's order makes its sort a no-op.
-            return f"""
-                SELECT bucket AS timestamp, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
-                       volume, turnover, count, {bucket_end} <= now() AS final
+            bars = f"""
+                SELECT bucket, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
+                       volume, turnover, count
                 FROM (SELECT {bucket} AS bucket,
                              array_agg(open ORDER BY timestamp) AS opens, max(high) AS high, min(low) AS low,
                              array_agg(close ORDER BY timestamp) AS closes, sum(volume) AS volume,
                              sum(turnover) AS turnover, sum(count)::bigint AS count
                       FROM ({" UNION ALL ".join(parts)}) source
-                      GROUP BY bucket) grouped
+                      GROUP BY bucket) grouped"""
+            if filled:
+                bars = _filled(bars, spec, wanted, argument)
+            low, high = ("span.start", "span.stop") if span is None else (argument(span.start), argument(span.stop))
+            return f"""
+                SELECT bucket AS timestamp, {_BAR_COLUMNS}, {bucket_end} <= now() AS final FROM ({bars}) bars
                 WHERE bucket >= {low}::timestamptz AND bucket < {high}::timestamptz"""
 
         return _per_symbol(wanted, inner, f"{_BAR_COLUMNS}, final", argument)
@@ -824,6 +839,40 @@ def _buckets(spec: BarSpec, argument: _Arguments) -> tuple[str, str]:
     start = f"timestamp '2000-01-01' + make_interval(months => (floor(({ordinal}) / {months}) * {months})::int)"
     end = f"bucket AT TIME ZONE {tz} + make_interval(months => {months})"
     return f"({start}) AT TIME ZONE {tz}", f"({end}) AT TIME ZONE {tz}"
+
+
+def _filled(bars: str, spec: BarSpec, wanted: Range, argument: _Arguments) -> str:
+    """The bars of a symbol with the gaps after its first one in the range filled."""
+    start, end = f"{argument(wanted.start)}::timestamptz", f"least({argument(wanted.end)}::timestamptz, now())"
+    in_utc = spec.in_utc and not spec.interval.months
+    tz = "" if in_utc else f"{argument(spec.tz)}::text"
+    width = argument(timedelta(seconds=spec.interval.seconds) if not spec.interval.months else timedelta(0))
+    step = f"({width}::interval + make_interval(months => {spec.interval.months}))"
+    tick = "interval '1 microsecond'"
+    if in_utc:
+        series = f"generate_series(first, {end} - {tick}, {step}) AS bucket"
+    elif spec.of_days:
+        local = f"generate_series(first AT TIME ZONE {tz}, ({end} - {tick}) AT TIME ZONE {tz}, {step}) AS local"
+        series = f"{local} CROSS JOIN LATERAL (SELECT local AT TIME ZONE {tz} AS bucket) moment"
+    else:
+        days = f"generate_series(date_trunc('day', first AT TIME ZONE {tz}), {end} AT TIME ZONE {tz}, interval '1 day')"
+        series = (
+            f"{days} AS day CROSS JOIN LATERAL generate_series(day AT TIME ZONE {tz},"
+            f" (day + interval '1 day') AT TIME ZONE {tz} - {tick}, {step}) AS bucket"
+        )
+    prices = "NULL::numeric"
+    if spec.fill == "previous":
+        prices = "first_value(close) OVER (PARTITION BY run ORDER BY bucket)"
+    return f"""
+        SELECT bucket, coalesce(open, {prices}) AS open, coalesce(high, {prices}) AS high,
+               coalesce(low, {prices}) AS low, coalesce(close, {prices}) AS close, volume, turnover,
+               coalesce(count, 0) AS count
+        FROM (WITH bars AS ({bars})
+              SELECT bucket, open, high, low, close, volume, turnover, count,
+                     count(close) OVER (ORDER BY bucket) AS run
+              FROM (SELECT min(bucket) AS first FROM bars WHERE bucket >= {start}) begin
+              CROSS JOIN LATERAL (SELECT bucket FROM {series} WHERE bucket >= first AND bucket < {end}) slots
+              LEFT JOIN bars USING (bucket)) runs"""
 
 
 def _per_symbol(wanted: Range, inner: Callable[[_Span | None], str], columns: str, argument: _Arguments) -> str:

@@ -200,7 +200,7 @@ def _in_thread(coroutine: Any) -> None:
         raise failure[0]
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_concurrent_overlapping_batches_lose_nothing(quotes: QuoteRepository) -> None:
     symbols = [random_symbol() for _ in range(4)]
     rng = random.Random(7)
@@ -599,12 +599,10 @@ async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, m
     assert len(await stored(quotes, symbol)) == 1
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_connection_that_breaks_while_committing_is_told(
     lane: Lane, quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     update_latest = quotes._update_latest
 
     async def cut(connection: Any, stored_: Any) -> None:
@@ -618,12 +616,10 @@ async def test_a_connection_that_breaks_while_committing_is_told(
     assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1, "the pool has recovered"
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_reads_and_writes_recover_after_all_connections_broke(
     lane: Lane, quotes: QuoteRepository, database: Database, symbol: str
 ) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     await asyncio.gather(*(quotes.get_latest_quote(symbol) for _ in range(8)))
     killer = await asyncpg.connect(lane.url)
     await killer.execute(
@@ -645,10 +641,8 @@ async def _terminate(lane: Lane, connection: Any) -> None:
     await killer.close()
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_read_over_its_time_is_told(lane: Lane, symbol: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("the WebAssembly server has no timers")
     settings = lane.make_settings(statement_timeout="20 ms")
     database = Database(lane.url, settings)
     locker = await asyncpg.connect(lane.url)
@@ -662,10 +656,8 @@ async def test_a_read_over_its_time_is_told(lane: Lane, symbol: str) -> None:
         await database.close()
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_full_pool_is_told(lane: Lane, symbol: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     settings = lane.make_settings(pool_size=1, pool_overflow=0, pool_timeout="50 ms")
     database = Database(lane.url, settings)
     async with database.acquire():
@@ -724,7 +716,7 @@ async def test_a_deletion_agrees_everywhere_at_once(quotes: QuoteRepository, sym
     await check()
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_deleting_while_writing_never_leaves_latest_behind(quotes: QuoteRepository, symbol: str) -> None:
     async def write() -> None:
         for i in range(60):

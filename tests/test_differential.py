@@ -97,7 +97,7 @@ def _bar(rows: list[Row]) -> tuple[Any, ...]:
     return (prices[0], max(prices), min(prices), prices[-1], volume, vwap, len(rows))
 
 
-def _tuples(bars: list[Bar]) -> list[tuple[Any, ...]]:
+def tuples(bars: list[Bar]) -> list[tuple[Any, ...]]:
     return [(b.symbol, b.timestamp, b.open, b.high, b.low, b.close, b.volume, b.vwap, b.count) for b in bars]
 
 
@@ -280,14 +280,14 @@ class Sequence:
                 assert (latest and latest.to_dict()) == model.newest.get(symbol), f"latest of {symbol}"
         for interval, width in INTERVALS:
             bars = await quotes.get_bars(self.symbols, interval, start, end, limit=100_000)
-            assert _tuples(bars) == model.bars(width), f"bars of {interval}"
+            assert tuples(bars) == model.bars(width), f"bars of {interval}"
         # A range that begins and ends anywhere: the bars that start in it, whole.
         interval, width = self.rng.choice(INTERVALS)
         low = start + self.rng.random() * SPAN
         high = low + width + self.rng.random() * 40 * DAY
         bars = await quotes.get_bars(self.symbols, interval, low, high, limit=100_000)
         inside = [bar for bar in model.bars(width) if low <= bar[1] < high]
-        assert _tuples(bars) == inside, f"bars of {interval} from {low} to {high}"
+        assert tuples(bars) == inside, f"bars of {interval} from {low} to {high}"
 
     async def run(self) -> None:
         if self.community:

@@ -75,11 +75,9 @@ async def write(quotes: QuoteRepository, front: Front, rng: random.Random) -> tu
     return symbol, model
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 @pytest.mark.timeout(240 + 2 * ROUNDS)
 async def test_what_is_acknowledged_is_in_the_bars_during_refreshes(lane: Lane, empty_url: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     settings = lane.make_settings(statement_timeout="60 seconds")
     await migrate(empty_url, settings)
     database = Database(empty_url, settings)

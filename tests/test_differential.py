@@ -72,7 +72,11 @@ class Model:
     def delete(self, symbol: str, start: datetime, end: datetime) -> None:
         for key in [key for key in self.rows if key[0] == symbol and start <= key[1] < end]:
             del self.rows[key]
-        self.unknown.add(symbol)
+        if symbol in self.newest and start <= self.newest[symbol]["timestamp"] < end:
+            left = [row for row in self.raw() if row["symbol"] == symbol]
+            del self.newest[symbol]
+            if left:
+                self.newest[symbol] = left[-1]
 
     def raw(self) -> list[Row]:
         return [self.rows[key] for key in sorted(self.rows) if key[1] >= self.kept_from]
@@ -195,11 +199,16 @@ class Sequence:
         symbol = self.rng.choice(self.symbols)
         start = max(self.moment(), self.floor + DAY)
         end = start + self.rng.choice((timedelta(microseconds=1), timedelta(minutes=7), DAY, 20 * DAY))
+        expected = sum(row["symbol"] == symbol and start <= row["timestamp"] < end for row in self.model.raw())
+        self.model.delete(symbol, start, end)
+        if self.rng.random() < 0.8:
+            assert await self.quotes.delete_quotes(symbol, start, end) == expected
+            return f"deleted {symbol} from {start} to {end}"
         await self.sql(
             "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3", symbol, start, end
         )
-        self.model.delete(symbol, start, end)
-        return f"deleted {symbol} from {start} to {end}"
+        self.model.unknown.add(symbol)
+        return f"deleted {symbol} from {start} to {end} by SQL"
 
     async def chunks(self, *, compressed: bool) -> list[str]:
         rows = await self.sql(
@@ -233,8 +242,13 @@ class Sequence:
         start = max(start, self.floor)
         if end - start < 2 * width:
             return "refresh of less than a bucket"
-        await self.call(f"CALL refresh_continuous_aggregate('quotes.{name}', '{start}', '{end}')")
-        return f"refreshed {name} from {start} to {end}"
+        # By default a transaction takes 10 buckets, of which two months of minutes have 8,640 times as many.
+        buckets = self.rng.choice((0, 1440, 5000))
+        await self.call(
+            f"CALL refresh_continuous_aggregate('quotes.{name}', '{start}', '{end}',"
+            f""" options => '{{"buckets_per_batch": {buckets}}}')"""
+        )
+        return f"refreshed {name} from {start} to {end} by {buckets}"
 
     async def policies(self) -> str:
         """The refresh policies, in their order."""
@@ -257,7 +271,7 @@ class Sequence:
 
     def operations(self) -> list[tuple[Callable[[], Awaitable[str]], int]]:
         common: list[tuple[Callable[[], Awaitable[str]], int]] = [
-            (self.in_order, 3), (self.late, 4), (self.corrections, 4), (self.delete, 1),
+            (self.in_order, 3), (self.late, 4), (self.corrections, 4), (self.delete, 2),
         ]  # fmt: skip
         if not self.community:
             return common

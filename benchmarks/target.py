@@ -99,7 +99,7 @@ def _find_psql(*, private: bool) -> Path:
 
 @asynccontextmanager
 async def _fresh_database(url: str) -> AsyncIterator[str]:
-    name = f"bench_{os.getpid()}_{int(time.time())}"
+    name = f"bench_{os.getpid()}_{time.time_ns()}"
     admin = await asyncpg.connect(url)
     try:
         await admin.execute(f"CREATE DATABASE {name}")

@@ -1,0 +1,103 @@
+"""Every acknowledged quote is in the bars at once, while refreshes move the log of changes along below it.
+
+Writers store late quotes around the moving front of what the rollups hold, each of a symbol of its own, and ask for
+bars right after each receipt; refreshes of all rollups run without a pause. Invariant: no answer misses a quote
+that was acknowledged before it was asked for, and in the end the bars equal the quotes.
+
+REFRESH_ROUNDS sets how many quotes each writer stores.
+"""
+
+import asyncio
+import os
+import random
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final
+
+import pytest
+
+from app.db.capability import Level
+from app.db.engine import Database
+from app.db.migrate import migrate
+from app.repository.quotes import QuoteRepository
+from tests.conftest import Lane, about, random_symbol
+from tests.test_differential import DAY, ROLLUPS, Model, tuples
+
+ROUNDS: Final = int(os.environ.get("REFRESH_ROUNDS", "15"))
+WRITERS: Final = 4
+DAYS: Final = 20
+WIDTHS: Final = (("1m", timedelta(minutes=1)), ("1h", timedelta(hours=1)), ("1d", DAY))
+
+
+class Front:
+    """How far the refreshes have come: from the first day to the last as the writers do their rounds."""
+
+    def __init__(self) -> None:
+        self.start = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - (DAYS + 2) * DAY
+        self.rounds = 0
+        self.refreshes = 0
+        self.done = asyncio.Event()
+
+    @property
+    def at(self) -> datetime:
+        return self.start + DAY + (DAYS - 2) * DAY * self.rounds / (WRITERS * ROUNDS)
+
+
+async def refresh(database: Database, front: Front, name: str, width: timedelta) -> None:
+    async with database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+        while not front.done.is_set():
+            start, end = front.start - DAY, front.at + 2 * width
+            await connection.execute(f"CALL refresh_continuous_aggregate('quotes.{name}', '{start}', '{end}')")
+            front.refreshes += 1
+
+
+async def write(quotes: QuoteRepository, front: Front, rng: random.Random) -> tuple[str, Model]:
+    symbol, model = random_symbol(), Model()
+
+    async def store(at: datetime) -> None:
+        row: dict[str, Any] = {
+            "symbol": symbol, "timestamp": at, "price": Decimal(rng.randint(1, 9999)) / 8, "volume": rng.randint(1, 9),
+        }  # fmt: skip
+        await quotes.bulk_insert([row])
+        model.write([row], "update")
+
+    await store(front.start + DAYS * DAY)
+    for _ in range(ROUNDS):
+        distance = rng.choice((timedelta(seconds=30), timedelta(minutes=3), timedelta(hours=2), DAY, 5 * DAY))
+        at = max(front.start, front.at + (2 * rng.random() - 1.3) * distance)
+        await store(at)
+        for interval, width in WIDTHS:
+            low = at - (at - datetime(2000, 1, 3, tzinfo=UTC)) % width
+            bars = await quotes.get_bars(symbol, interval, low, low + width)
+            expected = [bar for bar in model.bars(width) if bar[1] == low]
+            assert tuples(bars) == expected, f"bars of {interval} at {low} after the receipt of {at}"
+        front.rounds += 1
+    return symbol, model
+
+
+@pytest.mark.concurrent
+@pytest.mark.timeout(240 + 2 * ROUNDS)
+async def test_what_is_acknowledged_is_in_the_bars_during_refreshes(lane: Lane, empty_url: str) -> None:
+    settings = lane.make_settings(statement_timeout="60 seconds")
+    await migrate(empty_url, settings)
+    database = Database(empty_url, settings)
+    await database.connect()
+    try:
+        if database.capability.level < Level.COMMUNITY:
+            pytest.skip(f"the level of this lane is {database.capability.level}")
+        seed = random.SystemRandom().randrange(10**9)
+        front, quotes = Front(), QuoteRepository(database, settings)
+        refreshes = [asyncio.create_task(refresh(database, front, *rollup)) for rollup in ROLLUPS]
+        try:
+            written = await asyncio.gather(*(write(quotes, front, random.Random(seed + i)) for i in range(WRITERS)))
+        finally:
+            front.done.set()
+            await asyncio.gather(*refreshes)
+        assert front.refreshes >= len(ROLLUPS)
+        for symbol, model in written:
+            for interval, width in WIDTHS:
+                bars = await quotes.get_bars(symbol, interval, front.start - DAY, front.start + 30 * DAY, limit=10**5)
+                assert tuples(bars) == model.bars(width), f"bars of {interval} in the end, seed {seed}"
+    finally:
+        await database.close()
+    about[lane.name] += f"; {WRITERS * ROUNDS} quotes stored during {front.refreshes} refreshes, seed {seed}: 0 missing"

@@ -1,0 +1,353 @@
+"""Hypertable, columnstore and rollups give the answers of a dictionary, whatever is done to them, in any order.
+
+Seeded sequences of ingest, late rows, corrections, deletes, refresh, compression, decompression and retention run
+on each lane. Invariant: after every operation range, latest, count and bars equal the model, the rollups being as
+stale as the sequence left them. Plain PostgreSQL runs the operations that it has.
+
+DIFFERENTIAL_SEQUENCES sets how many sequences run (300 for a full run); DIFFERENTIAL_SEED repeats a run, and
+DIFFERENTIAL_FIRST begins later in it, so that one sequence can be repeated, or a run be shared out.
+"""
+
+import os
+import random
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_HALF_UP, Decimal, localcontext
+from typing import Any, Final
+
+import pytest
+
+from app.db.capability import Level
+from app.db.engine import Connection, Database
+from app.db.migrate import migrate
+from app.repository.quotes import Bar, QuoteRepository
+from tests.conftest import Lane, about, random_symbol
+
+SEQUENCES: Final = int(os.environ.get("DIFFERENTIAL_SEQUENCES", "5"))
+SEED: Final = int(os.environ.get("DIFFERENTIAL_SEED") or random.SystemRandom().randrange(10**9))
+FIRST: Final = int(os.environ.get("DIFFERENTIAL_FIRST", "0"))
+DAY: Final = timedelta(days=1)
+SPAN: Final = 60 * DAY
+#: Interval and width; 7 minutes divide no hour, so that their bars cut through all coarser ones.
+INTERVALS: Final = (
+    ("1m", timedelta(minutes=1)),
+    ("7m", timedelta(minutes=7)),
+    ("1h", timedelta(hours=1)),
+    ("1d", DAY),
+    ("1w", 7 * DAY),
+)
+ROLLUPS: Final = (("ohlc_1m", timedelta(minutes=1)), ("ohlc_1h", timedelta(hours=1)), ("ohlc_1d", DAY))
+ORIGIN: Final = datetime(2000, 1, 3, tzinfo=UTC)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+Key = tuple[str, datetime]
+Row = dict[str, Any]
+
+
+def midnight(moment: datetime) -> datetime:
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+class Model:
+    """What a store without chunks, columnstore and rollups would answer."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, Row] = {}
+        self.newest: dict[str, Row] = {}
+        #: Quotes before it were dropped by retention; their bars stay.
+        self.kept_from = EPOCH
+        #: Symbols of which quotes were deleted behind the service's back, whose newest quote is not promised.
+        self.unknown: set[str] = set()
+
+    def write(self, rows: list[Row], on_conflict: str) -> None:
+        for row in rows:
+            key = (row["symbol"], row["timestamp"])
+            if on_conflict == "ignore" and key in self.rows:
+                continue
+            self.rows[key] = row
+            held = self.newest.get(row["symbol"])
+            if held is None or row["timestamp"] >= held["timestamp"]:
+                self.newest[row["symbol"]] = row
+
+    def delete(self, symbol: str, start: datetime, end: datetime) -> None:
+        for key in [key for key in self.rows if key[0] == symbol and start <= key[1] < end]:
+            del self.rows[key]
+        if symbol in self.newest and start <= self.newest[symbol]["timestamp"] < end:
+            left = [row for row in self.raw() if row["symbol"] == symbol]
+            del self.newest[symbol]
+            if left:
+                self.newest[symbol] = left[-1]
+
+    def raw(self) -> list[Row]:
+        return [self.rows[key] for key in sorted(self.rows) if key[1] >= self.kept_from]
+
+    def bars(self, width: timedelta) -> list[tuple[Any, ...]]:
+        grouped: dict[Key, list[Row]] = {}
+        for symbol, moment in sorted(self.rows):
+            bucket = moment - (moment - ORIGIN) % width
+            grouped.setdefault((symbol, bucket), []).append(self.rows[symbol, moment])
+        return [(*key, *_bar(rows)) for key, rows in grouped.items()]
+
+
+def _bar(rows: list[Row]) -> tuple[Any, ...]:
+    prices = [row["price"] for row in rows]
+    traded = [row for row in rows if row["volume"] is not None]
+    volume = sum(row["volume"] for row in traded) if traded else None
+    vwap = None
+    if volume:
+        with localcontext(prec=60):
+            turnover = sum((row["price"] * row["volume"] for row in traded), Decimal(0))
+            vwap = (turnover / volume).quantize(Decimal("1e-8"), ROUND_HALF_UP)
+    return (prices[0], max(prices), min(prices), prices[-1], volume, vwap, len(rows))
+
+
+def tuples(bars: list[Bar]) -> list[tuple[Any, ...]]:
+    return [(b.symbol, b.timestamp, b.open, b.high, b.low, b.close, b.volume, b.vwap, b.count) for b in bars]
+
+
+class Sequence:
+    """One sequence of operations on the store and on the model."""
+
+    def __init__(self, lane: Lane, database: Database, rng: random.Random) -> None:
+        self.lane = lane
+        self.database = database
+        self.rng = rng
+        self.model = Model()
+        self.community = database.capability.level >= Level.COMMUNITY
+        self.symbols = sorted(random_symbol() for _ in range(rng.randint(2, 4)))
+        self.now = datetime.now(UTC)
+        # A few days of the span, so that quotes meet in chunks and buckets.
+        self.days = sorted(rng.sample(range(61), rng.randint(4, 12)))
+        # Time is not made to pass; retention shrinks instead, which moves its horizon the same way.
+        self.retention = 75 * DAY if self.community else None
+        self.repository()
+        self.log: list[str] = []
+
+    def repository(self) -> None:
+        self.quotes = QuoteRepository(self.database, self.lane.make_settings(retention=self.retention))
+
+    @property
+    def floor(self) -> datetime:
+        """Where the refresh policies begin."""
+        return EPOCH if self.retention is None else datetime.now(UTC) - self.retention + DAY
+
+    def moment(self) -> datetime:
+        """A time that ingest takes, on the seconds or off them."""
+        rng = self.rng
+        while True:
+            day = midnight(self.now - rng.choice(self.days) * DAY)
+            at = day + timedelta(hours=rng.choice((0, 1, 12, 23)), minutes=rng.choice((0, 1, 6, 7, 30, 59)))
+            at += timedelta(seconds=rng.choice((0, 0, 1, 30, 59)), microseconds=rng.choice((0, 0, 1, 999_999)))
+            if max(self.now - SPAN, self.floor + DAY + timedelta(minutes=5)) <= at <= self.now:
+                return at
+
+    def row(self, symbol: str, at: datetime) -> Row:
+        rng = self.rng
+        return {
+            "symbol": symbol,
+            "timestamp": at,
+            "price": Decimal(rng.randint(1, 10_000)) / 8,
+            "bid": rng.choice((None, Decimal(rng.randint(1, 999)))),
+            "ask": rng.choice((None, Decimal(rng.randint(1, 999)))),
+            "bid_size": rng.choice((None, 0, 5)),
+            "ask_size": None,
+            "volume": rng.choice((None, 0, 1, 7, 100)),
+            "source": rng.choice((None, "a")),
+        }
+
+    async def sql(self, statement: str, *arguments: Any) -> list[Any]:
+        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+            return list(await connection.fetch(statement, *arguments))
+
+    async def call(self, statement: str) -> None:
+        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+            await connection.execute(statement)
+
+    # --- operations: each says what it did ---
+
+    async def write(self, rows: list[Row], on_conflict: Any = "update") -> str:
+        unique = {(row["symbol"], row["timestamp"]): row for row in rows}
+        given = list(unique.values())
+        receipt = await self.quotes.bulk_insert(given, on_conflict=on_conflict)
+        expected = sum(key not in self.model.rows for key in unique)
+        assert receipt.inserted == expected, (receipt, expected)
+        self.model.write(given, on_conflict)
+        return f"wrote {len(given)} by {on_conflict}"
+
+    async def in_order(self) -> str:
+        moments = sorted(self.moment() for _ in range(self.rng.randint(5, 40)))
+        return await self.write([self.row(self.rng.choice(self.symbols), at) for at in moments])
+
+    async def late(self) -> str:
+        symbol, at = self.rng.choice(self.symbols), self.moment()
+        return f"late {symbol} {at}: " + await self.write([self.row(symbol, at)], self.rng.choice(("update", "ignore")))
+
+    async def corrections(self) -> str:
+        oldest = self.floor + DAY + timedelta(minutes=5)
+        known = [row for row in self.model.raw() if row["timestamp"] >= oldest]
+        if not known:
+            return "nothing to correct"
+        rows = self.rng.sample(known, min(len(known), self.rng.randint(1, 10)))
+        changed = [self.row(r["symbol"], r["timestamp"]) if self.rng.random() < 0.7 else r for r in rows]
+        fresh = [self.row(self.rng.choice(self.symbols), self.moment()) for _ in range(self.rng.randint(0, 3))]
+        unique = {(row["symbol"], row["timestamp"]): row for row in changed + fresh}
+        on_conflict = self.rng.choice(("update", "ignore"))
+        rows = list(unique.values())
+        return "corrections: " + await self.write(rows, on_conflict)
+
+    async def delete(self) -> str:
+        symbol = self.rng.choice(self.symbols)
+        start = max(self.moment(), self.floor + DAY)
+        end = start + self.rng.choice((timedelta(microseconds=1), timedelta(minutes=7), DAY, 20 * DAY))
+        expected = sum(row["symbol"] == symbol and start <= row["timestamp"] < end for row in self.model.raw())
+        self.model.delete(symbol, start, end)
+        if self.rng.random() < 0.8:
+            assert await self.quotes.delete_quotes(symbol, start, end) == expected
+            return f"deleted {symbol} from {start} to {end}"
+        await self.sql(
+            "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3", symbol, start, end
+        )
+        self.model.unknown.add(symbol)
+        return f"deleted {symbol} from {start} to {end} by SQL"
+
+    async def chunks(self, *, compressed: bool) -> list[str]:
+        rows = await self.sql(
+            "SELECT format('%I.%I', chunk_schema, chunk_name) FROM timescaledb_information.chunks"
+            " WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time' AND is_compressed = $1"
+            " ORDER BY range_start",
+            compressed,
+        )
+        names = [row[0] for row in rows]
+        return self.rng.sample(names, min(len(names), self.rng.randint(1, 6)))
+
+    async def compress(self) -> str:
+        found = await self.chunks(compressed=False)
+        for chunk in found:
+            await self.call(f"CALL convert_to_columnstore('{chunk}')")
+        return f"compressed {len(found)} chunks"
+
+    async def decompress(self) -> str:
+        found = await self.chunks(compressed=True)
+        for chunk in found:
+            await self.call(f"CALL convert_to_rowstore('{chunk}')")
+        return f"decompressed {len(found)} chunks"
+
+    async def refresh(self) -> str:
+        start = self.now - SPAN - DAY + self.rng.random() * SPAN
+        end = start + self.rng.random() * self.rng.choice((timedelta(hours=3), 3 * DAY, SPAN))
+        chosen = self.rng.sample(ROLLUPS, self.rng.randint(1, 3))
+        return "; ".join([await self.refresh_window(*rollup, start, end) for rollup in chosen])
+
+    async def refresh_window(self, name: str, width: timedelta, start: datetime, end: datetime) -> str:
+        start = max(start, self.floor)
+        if end - start < 2 * width:
+            return "refresh of less than a bucket"
+        # By default a transaction takes 10 buckets, of which two months of minutes have 8,640 times as many.
+        buckets = self.rng.choice((0, 1440, 5000))
+        await self.call(
+            f"CALL refresh_continuous_aggregate('quotes.{name}', '{start}', '{end}',"
+            f""" options => '{{"buckets_per_batch": {buckets}}}')"""
+        )
+        return f"refreshed {name} from {start} to {end} by {buckets}"
+
+    async def policies(self) -> str:
+        """The refresh policies, in their order."""
+        for name, width in ROLLUPS:
+            await self.refresh_window(name, width, self.floor, self.now - width)
+        return f"refreshed all from {self.floor}"
+
+    async def retention_passes(self) -> str:
+        """Days pass in which policies keep up; then what is older than retention is dropped."""
+        assert self.retention is not None
+        if self.retention <= 40 * DAY:
+            return "retention is over"
+        await self.policies()
+        self.retention -= self.rng.randint(1, 9) * DAY
+        self.repository()
+        horizon = datetime.now(UTC) - self.retention
+        dropped = await self.sql("SELECT drop_chunks('quotes.real_time', older_than => $1::timestamptz)", horizon)
+        self.model.kept_from = max(self.model.kept_from, midnight(horizon))
+        return f"dropped {len(dropped)} chunks before {horizon}"
+
+    def operations(self) -> list[tuple[Callable[[], Awaitable[str]], int]]:
+        common: list[tuple[Callable[[], Awaitable[str]], int]] = [
+            (self.in_order, 3), (self.late, 4), (self.corrections, 4), (self.delete, 2),
+        ]  # fmt: skip
+        if not self.community:
+            return common
+        return [
+            *common,
+            (self.compress, 2), (self.decompress, 1), (self.refresh, 5), (self.policies, 2), (self.retention_passes, 1),
+        ]  # fmt: skip
+
+    # --- comparison ---
+
+    async def compare(self) -> None:
+        model, quotes = self.model, self.quotes
+        start, end = self.now - 90 * DAY, self.now + DAY
+        found = await quotes.get_quotes(self.symbols, start, end, limit=100_000)
+        assert [row.to_dict() for row in found] == model.raw(), "range"
+        assert await quotes.count_quotes(self.symbols) == len(model.raw()), "count"
+        for symbol in self.symbols:
+            if symbol not in model.unknown:
+                latest = await quotes.get_latest_quote(symbol)
+                assert (latest and latest.to_dict()) == model.newest.get(symbol), f"latest of {symbol}"
+        for interval, width in INTERVALS:
+            bars = await quotes.get_bars(self.symbols, interval, start, end, limit=100_000)
+            assert tuples(bars) == model.bars(width), f"bars of {interval}"
+        # A range that begins and ends anywhere: the bars that start in it, whole.
+        interval, width = self.rng.choice(INTERVALS)
+        low = start + self.rng.random() * SPAN
+        high = low + width + self.rng.random() * 40 * DAY
+        bars = await quotes.get_bars(self.symbols, interval, low, high, limit=100_000)
+        inside = [bar for bar in model.bars(width) if low <= bar[1] < high]
+        assert tuples(bars) == inside, f"bars of {interval} from {low} to {high}"
+
+    async def run(self) -> None:
+        if self.community:
+            await self.call("TRUNCATE quotes.real_time, quotes.latest")
+            for name, _ in ROLLUPS:
+                await self.call(f"TRUNCATE quotes.{name}")
+        operations, weights = zip(*self.operations(), strict=True)
+        self.log.append(await self.in_order())
+        if self.community and self.rng.random() < 0.8:
+            # Past a rollup's watermark nothing can be stale: most sequences begin with rollups that are filled.
+            self.log.append(await self.policies())
+        await self.compare()
+        for _ in range(self.rng.randint(5, 15)):
+            (operation,) = self.rng.choices(operations, weights)
+            self.log.append(f"{operation.__name__}: {await operation()}")
+            await self.compare()
+
+
+async def _without_scheduler(connection: Connection) -> None:
+    """Policies run when a sequence says so."""
+    for row in await connection.fetch("SELECT job_id FROM timescaledb_information.jobs WHERE job_id >= 1000"):
+        await connection.execute("SELECT alter_job($1, scheduled => false)", row[0])
+
+
+@pytest.mark.timeout(240 + 20 * SEQUENCES)
+async def test_sequences_answer_as_the_model(lane: Lane, empty_url: str, record_property: Any) -> None:
+    await migrate(empty_url, lane.make_settings())
+    database = Database(empty_url, lane.make_settings(statement_timeout="60 seconds"))
+    await database.connect()
+    operations = 0
+    try:
+        if database.capability.level >= Level.COMMUNITY:
+            async with database.dedicated() as connection:
+                await _without_scheduler(connection)
+        for number in range(FIRST, FIRST + SEQUENCES):
+            sequence = Sequence(lane, database, random.Random(f"{SEED}/{number}"))
+            try:
+                await sequence.run()
+            except Exception as error:
+                steps = "\n  ".join(sequence.log)
+                raise AssertionError(
+                    f"seed {SEED}, sequence {number}: {type(error).__name__} after\n  {steps}\n{error}"
+                ) from error
+            operations += len(sequence.log)
+    finally:
+        await database.close()
+    result = f"{SEQUENCES} sequences from {FIRST} of {operations} operations, seed {SEED}: 0 differences"
+    record_property("differential", result)
+    about[lane.name] += f"; {result}"

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from app.errors import BodyTimeout, BodyTooLarge, InvalidPageToken, InvalidRequest, QuotesError, UnsupportedMediaType
 from app.health import Health
 from app.model import Timestamp, normal_symbol
+from app.monitor import Monitor
 from app.repository.quotes import Page, Position, QuoteRepository
 from app.settings import Settings
 from app.writer import Writer
@@ -39,6 +40,7 @@ class Services:
     quotes: QuoteRepository
     writer: Writer
     health: Health
+    monitor: Monitor
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool

@@ -1,7 +1,7 @@
 """What the store occupies and how far its background work has come: tables, chunks, rollups, jobs.
 
 Invariant: nothing here reads quotes. Everything comes from catalogs and file sizes, so a look costs the same
-whatever the chunks hold: 55 ms on a native server with 730 chunks, 500 of them in the columnstore.
+whatever the chunks hold: 70 ms on a native server with 730 chunks, 700 of them in the columnstore.
 """
 
 from dataclasses import dataclass
@@ -15,32 +15,34 @@ ChunkState = Literal["rowstore", "columnstore", "partial"]
 #: `partial` is a chunk of the columnstore that holds late rows until it is compressed again.
 STATES: Final[tuple[ChunkState, ...]] = ("rowstore", "columnstore", "partial")
 
-# Bit 1 of a chunk's status: compressed; 2: late rows out of order; 8: some rows are in the rowstore.
+# Files are looked at only where rows are written; what the columnstore wrote, it wrote down. To look at the files of
+# 730 chunks took four fifths of the time.
 _CHUNKS: Final = """
-SELECT format('%I.%I', c.chunk_schema, c.chunk_name) AS name, c.range_start, c.range_end,
-       CASE WHEN status & 1 = 0 THEN 'rowstore' WHEN status & 10 = 0 THEN 'columnstore' ELSE 'partial' END AS state,
-       sizes.total_bytes AS bytes, {savings}
-FROM timescaledb_information.chunks c
-JOIN chunks_detailed_size('quotes.real_time') sizes USING (chunk_schema, chunk_name)
-{join}
-CROSS JOIN LATERAL _timescaledb_functions.chunk_status(format('%I.%I', c.chunk_schema, c.chunk_name)::regclass) status
-WHERE c.hypertable_schema = 'quotes' AND c.hypertable_name = 'real_time'
-ORDER BY c.range_start
+SELECT name::text, range_start, range_end, status, (SELECT reltuples::bigint FROM pg_class WHERE oid = name) AS rows,
+       CASE WHEN status <> 1 THEN pg_total_relation_size(name) ELSE 0 END AS bytes,
+       CASE WHEN status <> 1 THEN pg_indexes_size(name) ELSE 0 END AS index_bytes
+FROM timescaledb_information.chunks
+CROSS JOIN LATERAL (SELECT format('%I.%I', chunk_schema, chunk_name)::regclass) AS relation (name)
+CROSS JOIN LATERAL (SELECT CASE WHEN is_compressed THEN _timescaledb_functions.chunk_status(name) ELSE 0 END)
+                   AS state (status)
+WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
+ORDER BY range_start
 """
-_CHUNKS_OF: Final = {
-    Level.COMMUNITY: _CHUNKS.format(
-        savings="stats.before_compression_total_bytes AS before, stats.after_compression_total_bytes AS after",
-        join="LEFT JOIN chunk_columnstore_stats('quotes.real_time') stats USING (chunk_schema, chunk_name)",
-    ),
-    Level.APACHE: _CHUNKS.format(savings="NULL::bigint AS before, NULL::bigint AS after", join=""),
-}
+_SAVINGS: Final = """
+SELECT format('%I.%I', chunk_schema, chunk_name) AS name, before_compression_total_bytes,
+       after_compression_total_bytes, after_compression_index_bytes
+FROM chunk_columnstore_stats('quotes.real_time') WHERE compression_status = 'Compressed'
+"""
+_COMPRESSED_ROWS: Final = """
+SELECT coalesce(sum(size.numrows_pre_compression), 0)::bigint
+FROM _timescaledb_catalog.compression_chunk_size size
+JOIN _timescaledb_catalog.chunk ON chunk.id = size.chunk_id
+JOIN _timescaledb_catalog.hypertable ON hypertable.id = chunk.hypertable_id
+WHERE hypertable.schema_name = 'quotes' AND hypertable.table_name = 'real_time'
+"""
 _TABLE: Final = """
 SELECT pg_total_relation_size(oid) AS bytes, pg_indexes_size(oid) AS index_bytes, reltuples::bigint AS rows
 FROM pg_class WHERE oid = to_regclass($1)
-"""
-_HYPERTABLE: Final = """
-SELECT total_bytes AS bytes, index_bytes, approximate_row_count($1::regclass) AS rows
-FROM hypertable_detailed_size($1::regclass)
 """
 # What has been materialised, in microseconds since 1970; the watermark lies before the calendar if nothing was.
 _ROLLUPS: Final = """
@@ -76,13 +78,18 @@ ORDER BY job.job_id
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk of the raw quotes, `end` exclusive; `before` and `after` are bytes around its last compression."""
+    """One chunk of the raw quotes, `end` exclusive; `before` and `after` are bytes around its last compression.
+
+    `rows` is the server's estimate of what is in the rowstore.
+    """
 
     name: str
     start: datetime
     end: datetime
     state: ChunkState
     bytes: int
+    index_bytes: int
+    rows: int | None
     before: int | None
     after: int | None
 
@@ -176,8 +183,12 @@ class StorageRepository:
             capability = Capability.of(await connection.fetchrow(DETECT) or ())
             community = capability.level >= Level.COMMUNITY
             found = await chunks(connection, capability.level)
-            relations = [await _relation(connection, "quotes.real_time", capability.level)]
-            relations.append(await _relation(connection, "quotes.latest", Level.POSTGRESQL))
+            if capability.level >= Level.APACHE:
+                compressed = await connection.fetchval(_COMPRESSED_ROWS) if community else 0
+                relations = [_hypertable("quotes.real_time", found, compressed)]
+            else:
+                relations = [await _table(connection, "quotes.real_time")]
+            relations.append(await _table(connection, "quotes.latest"))
             rollups = []
             if community:
                 first, last = await connection.fetchrow(_ENDS) or (None, None)
@@ -198,14 +209,39 @@ async def chunks(connection: Connection, level: Level) -> list[Chunk]:
     """The chunks of the raw quotes by time; none where they are a plain table."""
     if level < Level.APACHE:
         return []
-    return [Chunk(*row) for row in await connection.fetch(_CHUNKS_OF[level])]
+    savings = {row[0]: row for row in await connection.fetch(_SAVINGS)} if level >= Level.COMMUNITY else {}
+    found = []
+    for name, start, end, status, rows, size, index_size in await connection.fetch(_CHUNKS):
+        _, before, after, after_index = savings.get(name, (name, None, None, None))
+        found.append(
+            Chunk(
+                name, start, end, _state(status), size + (after or 0), index_size + (after_index or 0),
+                rows if rows >= 0 else None, before, after,
+            )
+        )  # fmt: skip
+    return found
 
 
-async def _relation(connection: Connection, name: str, level: Level) -> Relation:
-    is_table = level < Level.APACHE
-    row = await connection.fetchrow(_TABLE if is_table else _HYPERTABLE, name) or (0, 0, None)
-    rows = None if row[2] is None or row[2] < 0 else row[2]
-    return Relation(name, "table" if is_table else "hypertable", row[0] or 0, row[1] or 0, rows)
+def _state(status: int) -> ChunkState:
+    """Bit 1 of a chunk's status: compressed; 2: compressed out of order; 8: some rows are in the rowstore."""
+    return "rowstore" if not status & 1 else "partial" if status & 10 else "columnstore"
+
+
+def _hypertable(name: str, found: list[Chunk], compressed: int) -> Relation:
+    rows = [chunk.rows for chunk in found if chunk.state == "rowstore"]
+    known = compressed + sum(count for count in rows if count is not None)
+    return Relation(
+        name,
+        "hypertable",
+        sum(chunk.bytes for chunk in found),
+        sum(chunk.index_bytes for chunk in found),
+        known if known or None not in rows else None,
+    )
+
+
+async def _table(connection: Connection, name: str) -> Relation:
+    row = await connection.fetchrow(_TABLE, name) or (0, 0, -1)
+    return Relation(name, "table", row[0], row[1], row[2] if row[2] >= 0 else None)
 
 
 def _lag(watermark: datetime | None, first: datetime | None, last: datetime | None) -> timedelta:

@@ -99,7 +99,7 @@ class StorageQuery(Query):
 
 
 @router.get("/storage", response_model=StorageReport, responses=responses(400, 406, 503))
-async def storage(request: Request, query: Annotated[StorageQuery, QueryParameters()], wired: Wired) -> Response:
+async def get_storage(request: Request, query: Annotated[StorageQuery, QueryParameters()], wired: Wired) -> Response:
     """Sizes, savings by chunk, watermarks of the rollups, and the background jobs with their last runs."""
     formats.writer(request.headers.get("accept"))
     return encoded(report(await wired.monitor.storage(), query.limit))

@@ -5,6 +5,7 @@
     │   ├── InvalidPageToken    400
     │   └── MalformedBody       400  not parseable at all
     ├── InvalidQuotes           422  rows that break a rule, each named
+    ├── Forbidden               403  an administrator's request without an administrator's token
     ├── Conflict                409  on_conflict=error met stored keys
     ├── BodyTooLarge            413
     ├── BodyTimeout             408
@@ -86,6 +87,14 @@ class InvalidQuotes(QuotesError):
         self.rejections = list(rejections)
         self.received = received
         super().__init__(f"{len(self.rejections)} of {received} quotes break a rule; nothing was stored.")
+
+
+class Forbidden(QuotesError):
+    """A request that only an administrator may make, without the token that says so."""
+
+    status = 403
+    code = "forbidden"
+    title = "Forbidden"
 
 
 class Conflict(QuotesError):

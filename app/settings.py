@@ -119,6 +119,10 @@ class Settings(BaseSettings):
         default=SecretStr("opa-quotes"),
         description="Key that signs page tokens. Tokens carry a position, never a permission.",
     )
+    admin_token: SecretStr | None = Field(
+        default=None,
+        description="Bearer token of requests that delete quotes. Unset: they are all refused.",
+    )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="Log lines for people, for machines, or by whether stderr is a terminal."
     )

@@ -436,7 +436,7 @@ async def _measure(
         if url is not None:
             return await run(await stack.enter_async_context(fresh_database(url)), market, variants, rounds, 2, screen)
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
-        server = stack.enter_context(timescaledb_server(log, copy=True))
+        server = stack.enter_context(timescaledb_server(log))
         # One session serves all clients in turn.
         return await run(server.url, market, variants, rounds, 0, screen)
 

@@ -54,13 +54,13 @@ class PGliteServer:
 
 
 @contextmanager
-def timescaledb_server(log: Path, *, copy: bool = False) -> Iterator[PGliteServer]:
-    """Serves an empty database; COPY is refused with SQLSTATE 0A000 unless `copy` is set."""
+def timescaledb_server(log: Path) -> Iterator[PGliteServer]:
+    """Serves an empty database."""
     node = _find_node()
     _install(node)
     with log.open("ab") as stderr:
         process = subprocess.Popen(
-            [node, str(ROOT / "server.mjs"), *(["--copy"] if copy else [])],
+            [node, str(ROOT / "server.mjs")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -340,6 +340,35 @@ async def test_daily_summary(client: httpx.AsyncClient, symbol: str) -> None:
     ]  # fmt: skip
 
 
+async def test_deleting_needs_the_token_and_a_range(lane: Lane, symbol: str) -> None:
+    path = f"/v1/quotes?symbol={symbol}&start=2026-11-16&end=2026-11-17"
+    async with running(create_app(lane.make_settings())) as client:
+        problem(await client.delete(path), 403, "forbidden")
+    async with running(create_app(lane.make_settings(admin_token="s3cret"))) as client:
+        await post(client, [row(symbol, i) for i in range(3)])
+        problem(await client.delete(path), 403, "forbidden")
+        problem(await client.delete(path, headers={"authorization": "Bearer guess"}), 403, "forbidden")
+        problem(await client.delete(path, headers=[(b"authorization", b"Bearer \xe9")]), 403, "forbidden")
+        token = {"authorization": "Bearer s3cret"}
+        problem(await client.delete(f"/v1/quotes?symbol={symbol}", headers=token), 400, "invalid-request")
+        reversed_ = f"/v1/quotes?symbol={symbol}&start=2026-11-17&end=2026-11-16"
+        problem(await client.delete(reversed_, headers=token), 400, "invalid-request")
+        assert (await client.delete(path, headers=token)).json() == {"deleted": 3}
+        latest = await client.get("/v1/quotes/latest", params={"symbols": symbol})
+        assert latest.json() == {"quotes": [], "missing": [symbol]}
+
+
+async def test_bars_of_a_time_zone(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol)])
+    query = {"symbols": symbol, "interval": "1d", "start": "2026-11-14", "end": "2026-11-17"}
+    found = (await client.get("/v1/ohlc", params={**query, "tz": "America/New_York"})).json()["bars"]
+    assert [bar["timestamp"] for bar in found] == ["2026-11-15T05:00:00Z"]
+    problem(await client.get("/v1/ohlc", params={**query, "tz": "Mars"}), 400, "invalid-request")
+    problem(
+        await client.get("/v1/ohlc", params={**query, "interval": "7h", "tz": "Asia/Tokyo"}), 400, "invalid-request"
+    )
+
+
 async def test_count_estimate(client: httpx.AsyncClient, symbol: str) -> None:
     await post(client, [row(symbol)])
     exact = {"symbols": symbol, "start": "2026-11-16", "end": "2026-11-17"}
@@ -437,8 +466,8 @@ async def test_openapi_names_operations_and_problems(client: httpx.AsyncClient) 
     document = (await client.get("/openapi.json")).json()
     operations = {op["operationId"] for path in document["paths"].values() for op in path.values()}
     assert operations == {
-        "ingest_quotes", "list_quotes", "latest_quotes", "intraday_quotes", "count_quotes", "list_bars",
-        "list_daily_summaries", "list_symbols", "get_storage", "health", "live", "ready",
+        "ingest_quotes", "delete_quotes", "list_quotes", "latest_quotes", "intraday_quotes", "count_quotes",
+        "list_bars", "list_daily_summaries", "list_symbols", "get_storage", "health", "live", "ready",
     }  # fmt: skip
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:

@@ -77,10 +77,8 @@ async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
         await migrate(empty_url, settings, "nowhere")
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_instances_may_start_together(lane: Lane, empty_url: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     environment = {**os.environ, "QUOTES_DATABASE_URL": empty_url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
     instances = [
         await asyncio.create_subprocess_exec(

@@ -1,11 +1,14 @@
 """The repository on a real database: what is written is what is read, whatever the order and the overlap."""
 
 import asyncio
+import json
 import random
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import asyncpg
 import polars as pl
@@ -25,7 +28,7 @@ from app.errors import (
     QuotesError,
 )
 from app.model import Batch, Interval, OnConflict, Receipt
-from app.repository.quotes import BarPrice, Position, QuoteRepository, Range, Sort, Write, day_bounds
+from app.repository.quotes import BarPrice, BarSpec, Position, QuoteRepository, Range, Sort, Write, day_bounds
 from tests.conftest import Lane, random_symbol
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday
@@ -197,7 +200,7 @@ def _in_thread(coroutine: Any) -> None:
         raise failure[0]
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_concurrent_overlapping_batches_lose_nothing(quotes: QuoteRepository) -> None:
     symbols = [random_symbol() for _ in range(4)]
     rng = random.Random(7)
@@ -389,6 +392,59 @@ async def test_bars_of_other_prices(
     await _check_bars(quotes, market, "1h", price, value)
 
 
+@pytest.mark.parametrize("tz", ["America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"])
+@pytest.mark.parametrize("interval", ["1d", "1w", "1M", "2d"])
+async def test_days_of_a_time_zone(quotes: QuoteRepository, symbol: str, tz: str, interval: str) -> None:
+    """Across the changes of the clocks: New York's in November, Lord Howe's half an hour in October."""
+    rng = random.Random(5)
+    start = datetime(2026, 9, 20, tzinfo=UTC)
+    rows = [
+        quote(symbol, start + timedelta(minutes=rng.randrange(60 * 24 * 60)), rng.randrange(1, 999), volume=1)
+        for _ in range(1500)
+    ]
+    await quotes.bulk_insert(rows)
+    unique = {row["timestamp"]: row for row in rows}
+    every = {"1d": "1d", "1w": "1w", "1M": "1mo", "2d": "2d"}[interval]
+    frame = (
+        pl.DataFrame([(at, int(row["price"])) for at, row in unique.items()], schema=["at", "price"], orient="row")
+        .with_columns(pl.col("at").cast(pl.Datetime("us", "UTC")).dt.convert_time_zone(tz))
+        .sort("at")
+    )
+    if every == "2d":  # polars counts from 1970-01-01, the store from 2000-01-03: an odd number of days apart
+        local = frame["at"].dt.date()
+        origin = date(2000, 1, 3)
+        first = [day - timedelta(days=(day - origin).days % 2) for day in local]
+        frame = frame.with_columns(bucket=pl.Series(first))
+    else:
+        frame = frame.with_columns(bucket=pl.col("at").dt.truncate(every).dt.date())
+    wanted = frame.group_by("bucket").agg(
+        open=pl.col("price").first(), high=pl.col("price").max(), low=pl.col("price").min(),
+        close=pl.col("price").last(), count=pl.len(),
+    ).sort("bucket")  # fmt: skip
+    bars = await quotes.get_bars(
+        symbol, interval, start - timedelta(days=60), start + timedelta(days=90), tz=tz, limit=1000
+    )
+    found = [
+        (bar.timestamp.astimezone(ZoneInfo(tz)), int(bar.open), int(bar.high), int(bar.low), int(bar.close), bar.count)
+        for bar in bars
+    ]
+    assert all(at.time() == time() for at, *_ in found), "bars begin at local midnight"
+    assert [(at.date(), *rest) for at, *rest in found] == wanted.rows()
+
+
+async def test_hours_of_a_time_zone_are_counted_from_midnight(quotes: QuoteRepository, symbol: str) -> None:
+    # Kolkata is five and a half hours ahead; New York had 25 hours on 2026-11-01.
+    for tz, day, hours in (("Asia/Kolkata", date(2026, 11, 2), 24), ("America/New_York", date(2026, 11, 1), 25)):
+        start, end = day_bounds(day, tz)
+        await quotes.bulk_insert([quote(symbol, start + timedelta(minutes=10 * i)) for i in range(6 * hours)])
+        bars = await quotes.get_bars(symbol, "1h", start, end, tz=tz)
+        assert [bar.timestamp for bar in bars] == [start + timedelta(hours=i) for i in range(hours)]
+        assert {bar.count for bar in bars} == {6}
+    for bad in ("7h", "5h", "7m"):
+        with pytest.raises(InvalidRequest):
+            await quotes.get_bars(symbol, bad, start, end, tz="Asia/Kolkata")
+
+
 async def _check_bars(
     quotes: QuoteRepository, market: dict[Key, dict[str, Any]], interval: str, price: BarPrice, value: pl.Expr
 ) -> None:
@@ -409,6 +465,76 @@ async def _check_bars(
         assert got == want
 
 
+@pytest.mark.parametrize("limit", [1000, 3])
+@pytest.mark.parametrize(
+    ("interval", "tz", "step"),
+    [
+        ("1h", "UTC", timedelta(hours=1)),
+        ("90m", "UTC", timedelta(minutes=90)),
+        ("6h", "America/New_York", timedelta(hours=6)),
+        ("1d", "America/New_York", None),
+        ("1M", "UTC", None),
+    ],
+)
+async def test_gaps_are_filled_on_every_page(
+    quotes: QuoteRepository, interval: str, tz: str, step: timedelta | None, limit: int
+) -> None:
+    symbols = sorted((random_symbol(), random_symbol()))
+    start, end = datetime(2026, 10, 25, tzinfo=UTC), datetime(2026, 11, 5, tzinfo=UTC)  # New York changes its clocks
+    if interval == "1M":
+        start, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 11, 5, tzinfo=UTC)
+    rng = random.Random(3)
+    for symbol in symbols:
+        await quotes.bulk_insert(
+            [quote(symbol, start + rng.random() * (end - start) * 0.9, i + 1, volume=1) for i in range(9)]
+        )
+    plain = json.loads(f"[{(await quotes.bars_page(Range(symbols, start, end, 10_000), _spec(interval, tz))).rows}]")
+    for fill in ("null", "previous"):
+        rows: list[dict[str, Any]] = []
+        after: Position | None = None
+        while True:
+            page = await quotes.bars_page(
+                Range(symbols, start, end, limit, "asc", None, after), _spec(interval, tz, fill)
+            )
+            rows += json.loads(f"[{page.rows}]")
+            after = page.next
+            if after is None:
+                break
+        assert [row for row in rows if row["count"]] == plain, "bars with quotes are left as they are"
+        for symbol in symbols:
+            own = [row for row in rows if row["symbol"] == symbol]
+            times = [datetime.fromisoformat(row["timestamp"]) for row in own]
+            assert own[0]["count"] > 0
+            assert times[-1] + (step or timedelta(days=31)) >= end
+            if step is not None and tz == "UTC":
+                assert all(b - a == step for a, b in pairwise(times))
+            elif interval == "1d":
+                days = [at.astimezone(ZoneInfo(tz)).date() for at in times]
+                assert days == [days[0] + timedelta(days=i) for i in range(len(days))]
+            _check_filled(own, fill)
+
+
+def _check_filled(rows: list[dict[str, Any]], fill: str) -> None:
+    times = [row["timestamp"] for row in rows]
+    assert times == sorted(set(times))
+    for previous, row in pairwise(rows):
+        if not row["count"]:
+            wanted = previous["close"] if fill == "previous" else None
+            assert {row[name] for name in ("open", "high", "low", "close")} == {wanted}
+            assert row["volume"] is None
+            assert row["vwap"] is None
+
+
+def _spec(interval: str, tz: str, fill: Any = "none") -> BarSpec:
+    return BarSpec(Interval.parse(interval), "last", tz, fill)
+
+
+async def test_too_many_gaps_are_not_filled(quotes: QuoteRepository, symbol: str) -> None:
+    wanted = Range([symbol], T0 - timedelta(days=2), T0)
+    with pytest.raises(InvalidRequest, match="filled"):
+        await quotes.bars_page(wanted, _spec("1s", "UTC", "null"))
+
+
 async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, symbol: str) -> None:
     await quotes.bulk_insert([quote(symbol, 60 * i, i + 1) for i in range(180)])
     bars = await quotes.get_bars(symbol, "1h", T0 + timedelta(minutes=1), T0 + timedelta(hours=2, minutes=1))
@@ -421,7 +547,7 @@ async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, s
 async def test_several_short_queries_equal_one_long(quotes: QuoteRepository, market: dict[Key, dict[str, Any]]) -> None:
     symbols = sorted({s for s, _ in market})
     whole = Range(symbols, *WHOLE, limit=10_000)
-    hourly = Interval(1, "h")
+    hourly = BarSpec(Interval(1, "h"))
     page = await quotes.bars_page(whole, hourly)
     joined: list[str] = []
     after: Position | None = None
@@ -473,12 +599,10 @@ async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, m
     assert len(await stored(quotes, symbol)) == 1
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_connection_that_breaks_while_committing_is_told(
     lane: Lane, quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     update_latest = quotes._update_latest
 
     async def cut(connection: Any, stored_: Any) -> None:
@@ -492,12 +616,10 @@ async def test_a_connection_that_breaks_while_committing_is_told(
     assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1, "the pool has recovered"
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_reads_and_writes_recover_after_all_connections_broke(
     lane: Lane, quotes: QuoteRepository, database: Database, symbol: str
 ) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     await asyncio.gather(*(quotes.get_latest_quote(symbol) for _ in range(8)))
     killer = await asyncpg.connect(lane.url)
     await killer.execute(
@@ -519,10 +641,8 @@ async def _terminate(lane: Lane, connection: Any) -> None:
     await killer.close()
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_read_over_its_time_is_told(lane: Lane, symbol: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("the WebAssembly server has no timers")
     settings = lane.make_settings(statement_timeout="20 ms")
     database = Database(lane.url, settings)
     locker = await asyncpg.connect(lane.url)
@@ -536,13 +656,80 @@ async def test_a_read_over_its_time_is_told(lane: Lane, symbol: str) -> None:
         await database.close()
 
 
-@pytest.mark.copy_lane
+@pytest.mark.concurrent
 async def test_a_full_pool_is_told(lane: Lane, symbol: str) -> None:
-    if lane.name == "timescaledb":
-        pytest.skip("one session serves all clients in turn")
     settings = lane.make_settings(pool_size=1, pool_overflow=0, pool_timeout="50 ms")
     database = Database(lane.url, settings)
     async with database.acquire():
         with pytest.raises(DatabaseUnavailable, match="busy"):
             await QuoteRepository(database, settings).get_latest_quote(symbol)
     await database.close()
+
+
+# --- deleting ---
+
+
+async def test_a_deletion_agrees_everywhere_at_once(quotes: QuoteRepository, symbol: str) -> None:
+    other = random_symbol()
+    days = 12
+    rows = [quote(s, T0 - timedelta(hours=6 * i), i + 1) for i in range(4 * days) for s in (symbol, other)]
+    await quotes.bulk_insert(rows)
+    model = {row["timestamp"]: row["price"] for row in rows if row["symbol"] == symbol}
+
+    async def check() -> None:
+        whole = (T0 - timedelta(days=40), T0 + timedelta(days=2))
+        found = await quotes.get_quotes(symbol, *whole)
+        assert {row.timestamp: row.price for row in found} == model
+        assert await quotes.count_quotes(symbol) == len(model)
+        newest = await quotes.get_latest_quote(symbol)
+        spans = [span for span in await quotes.get_symbols() if span.symbol == symbol]
+        if model:
+            assert newest is not None
+            assert (newest.timestamp, int(newest.price)) == (max(model), model[max(model)])
+            assert [(span.first, span.last) for span in spans] == [(min(model), max(model))]
+        else:
+            assert newest is None
+            assert spans == []
+        for interval in ("1h", "1d"):
+            bars = await quotes.get_bars(symbol, interval, *whole)
+            assert sum(bar.count for bar in bars) == len(model)
+        assert await quotes.count_quotes(other) == 4 * days, "no other symbol is touched"
+
+    async def delete(start: datetime, end: datetime) -> None:
+        gone = [at for at in model if start <= at < end]
+        for at in gone:
+            del model[at]
+        assert await quotes.delete_quotes(symbol, start, end) == len(gone)
+        await check()
+
+    tick = timedelta(microseconds=1)
+    await delete(T0 - timedelta(days=5), T0 - timedelta(days=4))  # in the middle
+    await delete(T0, T0 + tick)  # the newest
+    await delete(min(model), min(model) + tick)  # the oldest
+    await delete(T0 - timedelta(days=3), T0 + timedelta(days=1))  # the newest days
+    await delete(T0 - timedelta(days=30), T0 - timedelta(days=9))  # the oldest days
+    await delete(T0 - timedelta(days=20), T0 - timedelta(days=15))  # nothing
+    await delete(T0 - timedelta(days=40), T0 + timedelta(days=1))  # all
+    assert await quotes.delete_quotes(random_symbol(), T0, T0 + timedelta(days=1)) == 0
+    assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1
+    model[T0] = 1
+    await check()
+
+
+@pytest.mark.concurrent
+async def test_deleting_while_writing_never_leaves_latest_behind(quotes: QuoteRepository, symbol: str) -> None:
+    async def write() -> None:
+        for i in range(60):
+            await quotes.bulk_insert([quote(symbol, i, i + 1), quote(symbol, i + 100, i + 1)])
+
+    async def delete() -> None:
+        for i in range(30):
+            await quotes.delete_quotes(symbol, T0 + timedelta(seconds=i), T0 + timedelta(seconds=i + 80))
+
+    await asyncio.gather(write(), write(), delete())
+    found = await stored(quotes, symbol)
+    newest = await quotes.get_latest_quote(symbol)
+    assert newest is not None
+    assert newest.to_dict() == found[max(found)]
+    (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
+    assert span.first <= min(found)[1]

@@ -20,7 +20,15 @@ import msgspec
 from fastapi import Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from app.errors import BodyTimeout, BodyTooLarge, InvalidPageToken, InvalidRequest, QuotesError, UnsupportedMediaType
+from app.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    Forbidden,
+    InvalidPageToken,
+    InvalidRequest,
+    QuotesError,
+    UnsupportedMediaType,
+)
 from app.health import Health
 from app.model import Timestamp, normal_symbol
 from app.monitor import Monitor
@@ -49,6 +57,19 @@ async def _services(request: Request) -> Services:  # not `def`, which would tak
 
 
 Wired = Annotated[Services, Depends(_services)]
+
+
+def require_admin(request: Request, settings: Settings) -> None:
+    """Let pass only who has the administrator's token.
+
+    Raises:
+        Forbidden: the token is missing or another one, or none is configured.
+    """
+    if settings.admin_token is None:
+        raise Forbidden("No administrator's token is configured: set QUOTES_ADMIN_TOKEN to allow this.")
+    expected = f"Bearer {settings.admin_token.get_secret_value()}".encode()
+    if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
+        raise Forbidden("This needs the administrator's token, as `Authorization: Bearer …`.")
 
 
 # --- body ---

@@ -26,7 +26,7 @@ from app.api.deps import (
 from app.api.problems import responses
 from app.errors import InvalidRequest
 from app.model import Interval
-from app.repository.quotes import BarPrice, Range, Sort
+from app.repository.quotes import BarPrice, BarSpec, Fill, Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["bars"])
 
@@ -38,10 +38,10 @@ class OHLCBar(BaseModel):
 
     symbol: str
     timestamp: AwareDatetime = Field(description="Start of the bar.")
-    open: Decimal
-    high: Decimal
-    low: Decimal
-    close: Decimal
+    open: Decimal | None = Field(description="Null, like the other prices, in a gap filled with nulls.")
+    high: Decimal | None
+    low: Decimal | None
+    close: Decimal | None
     volume: Decimal | None = Field(description="Sum of volumes; null if no quote had one.")
     vwap: Decimal | None = Field(description="sum(price x volume) / sum(volume); null without volume.")
     count: int = Field(description="Quotes in the bar.")
@@ -88,6 +88,12 @@ class BarsQuery(SummaryQuery):
         examples=["1m", "5m", "1h", "1d"],
     )
     price: BarPrice = Field(default="last", description="What the bars are of; `mid` is (bid + ask) / 2.")
+    tz: str = Field(default="UTC", max_length=64, description="IANA time zone in which days begin.")
+    fill: Fill = Field(
+        default="none",
+        description="Bars without quotes, from a symbol's first bar of the range on: left out, of nulls,"
+        " or of the `previous` close; their count is 0.",
+    )
 
 
 def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wired) -> tuple[Range, Paging]:
@@ -111,10 +117,10 @@ def _bars_before(end: datetime, width: timedelta) -> datetime:
 
 @router.get("/ohlc", response_model=BarPage, responses=responses(400, 406, 503))
 async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameters()], wired: Wired) -> Response:
-    """OHLC bars that start in a time range, of any interval; days and longer are of UTC."""
-    interval = Interval.parse(query.interval)
-    wanted, paging = _page(request, query, interval, wired)
-    page = await wired.quotes.bars_page(wanted, interval, query.price)
+    """OHLC bars that start in a time range, of any interval, in any time zone."""
+    spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill)
+    wanted, paging = _page(request, query, spec.interval, wired)
+    page = await wired.quotes.bars_page(wanted, spec)
     return page_response(request, wired.settings, "bars", page, paging)
 
 

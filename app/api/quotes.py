@@ -28,6 +28,7 @@ from app.api.deps import (
     page_response,
     read_body,
     read_token,
+    require_admin,
     resolve_symbols,
 )
 from app.api.problems import responses
@@ -102,6 +103,20 @@ class IngestQuery(Query):
     on_error: OnError = Field(
         default="abort", description="A row that is refused: `abort` the request, or `skip` the row and list it."
     )
+
+
+class DeleteQuery(Query):
+    """Parameters of a deletion; all are required, so that nothing is deleted by omission."""
+
+    symbol: str = Field(description="One symbol.")
+    start: Time = Field(description=START)
+    end: Time = Field(description="End of the range, exclusive.")
+
+
+class Deleted(BaseModel):
+    """How many quotes were deleted."""
+
+    deleted: int
 
 
 class QuotesQuery(PagedQuery):
@@ -196,6 +211,15 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
     else:
         batch, pointer = codec.decode(*arguments)
     return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, pointer))
+
+
+@router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))
+async def delete_quotes(request: Request, query: Annotated[DeleteQuery, QueryParameters()], wired: Wired) -> Response:
+    """Delete a range of one symbol; range, count, bars and latest agree on it at once. For administrators."""
+    require_admin(request, wired.settings)
+    deleted = await wired.quotes.delete_quotes(query.symbol, query.start, query.end)
+    request.state.rows = deleted
+    return encoded({"deleted": deleted})
 
 
 @router.get("/quotes", response_model=QuotePage, responses=responses(400, 406, 503))

@@ -14,12 +14,12 @@ As a library, without HTTP:
 """
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import asyncpg
@@ -47,8 +47,13 @@ from app.settings import Settings
 
 Sort = Literal["asc", "desc"]
 BarPrice = Literal["last", "bid", "ask", "mid"]
+Fill = Literal["none", "null", "previous"]
+_Result = TypeVar("_Result")
 
 _TICK: Final = timedelta(microseconds=1)
+_DAY_SECONDS: Final = 86_400
+_MOST_FILLED: Final = 100_000
+_LONG_DAY: Final = timedelta(hours=3)  # more than any day is longer than 24 hours
 _ATTEMPTS: Final = 3
 _LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
 _VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
@@ -70,6 +75,7 @@ WITH written AS (
     RETURNING xmax = 0 AS inserted)
 SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
 """
+_DELETE: Final = "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
 _ADD: Final = f"{_FROM_ARRAYS} NOTHING RETURNING symbol, timestamp"
 
 # The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
@@ -178,6 +184,57 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class BarSpec:
+    """What bars to make: their interval, of which price, and in which IANA time zone days begin.
+
+    In a zone, bars of days and more begin at local midnight and are as long as the days are: 23 or 25 hours when
+    the clocks change. Shorter ones are counted in elapsed time from local midnight, so they must divide a day.
+
+    With `fill` the gaps between a symbol's first bar of the range and the range's end, or now, get a bar whose
+    count is 0: of nulls, or of the close before it.
+
+    Raises:
+        InvalidRequest: the zone is unknown, or the interval cannot be counted from its midnights.
+    """
+
+    interval: Interval
+    price: BarPrice = "last"
+    tz: str = "UTC"
+    fill: Fill = "none"
+
+    def __post_init__(self) -> None:
+        zone(self.tz)
+        seconds = self.interval.seconds
+        if not self.in_utc and not self.of_days and _DAY_SECONDS % seconds:
+            raise InvalidRequest("In a time zone, an interval below a day must divide a day.", parameter="tz")
+
+    @property
+    def in_utc(self) -> bool:
+        """Whether days begin at midnight in UTC, as those of the rollups do."""
+        return self.tz == "UTC"
+
+    @property
+    def of_days(self) -> bool:
+        """Whether the bars are days, weeks or months."""
+        return self.interval.seconds % _DAY_SECONDS == 0
+
+    def source(self, start: datetime, end: datetime) -> str:
+        """The coarsest rollup that the bars of a range can be made of."""
+        source = self.interval.source
+        if self.in_utc or source == rollups.RAW:
+            return source
+        # Weekly looks: an offset lasts longer than that, and only its value counts.
+        local = zone(self.tz)
+        moments = [start + timedelta(weeks=week) for week in range((end - start).days // 7 + 1)]
+        offsets = [
+            int((moment.astimezone(local).utcoffset() or timedelta()).total_seconds()) for moment in [*moments, end]
+        ]
+        if all(offset % 3600 == 0 for offset in offsets):
+            return "ohlc_1h" if source == "ohlc_1d" else source
+        return "ohlc_1m" if all(offset % 60 == 0 for offset in offsets) else rollups.RAW
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
     """One OHLC bar. `timestamp` is its start in UTC; `final` says that its end has passed."""
 
@@ -210,6 +267,16 @@ class Write:
     on_conflict: OnConflict = "update"
     on_error: OnError = "abort"
     pointer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The part of a range that is still wanted of one symbol, and how many rows at most."""
+
+    symbol: str
+    start: datetime
+    stop: datetime
+    rows: int
 
 
 @dataclass(slots=True)
@@ -291,25 +358,33 @@ class QuoteRepository:
             DatabaseUnavailable: nothing of any request was stored.
             OutcomeUnknown: the connection broke while committing.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            async with self._database.acquire() as connection:
-                try:
-                    return await self._write(connection, writes)
-                except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
-                    # Rolled back as a whole, so it can simply be done again.
-                    if attempt == _ATTEMPTS:
-                        raise
-        raise AssertionError("unreachable")
 
-    async def _write(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
-        # One message: three round trips less a flush.
-        await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
-        try:
+        async def store(connection: Connection) -> list[Receipt | QuotesError]:
             results = await self._copy(connection, writes)
             if results is None:
                 results = [await self._merge(connection, write) for write in writes]
             stored = [w.batch.rows for w, r in zip(writes, results, strict=True) if isinstance(r, Receipt)]
             await self._update_latest(connection, stored)
+            return results
+
+        return await self._transaction(store)
+
+    async def _transaction(self, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
+        """Do `work` in a transaction, again if it fell victim to a deadlock, in which case nothing of it was done."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            async with self._database.acquire() as connection:
+                try:
+                    return await self._attempt(connection, work)
+                except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+                    if attempt == _ATTEMPTS:
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _attempt(self, connection: Connection, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
+        # One message: three round trips less a flush.
+        await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
+        try:
+            result = await work(connection)
         except BaseException:
             if not connection.is_closed():
                 await connection.execute("ROLLBACK")
@@ -319,10 +394,10 @@ class QuoteRepository:
         except Exception as error:
             if connection_lost(error):
                 raise OutcomeUnknown(
-                    "The connection broke while committing; sending the same quotes again is harmless."
+                    "The connection broke while committing; sending the same again is harmless."
                 ) from error
             raise
-        return results
+        return result
 
     async def _copy(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError] | None:
         """All rows at once, for the usual case that all are new; None if some key is stored or repeated."""
@@ -363,6 +438,72 @@ class QuoteRepository:
             return Receipt.of(batch, inserted=len(added), updated=0, unchanged=0, conflicts=rejections)
         await connection.execute("ROLLBACK TO SAVEPOINT request")
         return Conflict(rejections, batch.received)
+
+    async def delete_quotes(self, symbol: str, start: datetime, end: datetime) -> int:
+        """Delete a symbol's quotes with `start <= timestamp < end` (aware); how many they were.
+
+        Range, count, bars and latest agree on it from the commit on. Bars of quotes that retention has dropped
+        before are no longer made of quotes, and stay.
+
+        Raises:
+            InvalidRequest: the symbol cannot exist, a time is naive, or the range is reversed.
+            QueryTimeout: it ran over `write_timeout`; nothing was deleted.
+            DatabaseUnavailable: nothing was deleted.
+            OutcomeUnknown: the connection broke while committing.
+        """
+        name, (wanted, *_) = normal_symbol(symbol), _spans(_range(symbol, start, end, 1, "asc"))
+
+        async def delete(connection: Connection) -> int:
+            done: str = await connection.execute(_DELETE, name, wanted.start, wanted.stop)
+            await self._mend_latest(connection, wanted)
+            return int(done.removeprefix("DELETE "))
+
+        return await self._transaction(delete)
+
+    async def _mend_latest(self, connection: Connection, deleted: _Span) -> None:
+        """Bring a symbol's row of `quotes.latest` in line after a part of its quotes was deleted."""
+        # Writers lock the row after their quotes, as this does: neither waits for the other in a circle.
+        held = await connection.fetchrow(
+            "SELECT first_timestamp, timestamp FROM quotes.latest WHERE symbol = $1 FOR UPDATE", deleted.symbol
+        )
+        if held is None:
+            return
+        first, last = held
+        if deleted.start <= last < deleted.stop:
+            last = await self._outermost(connection, deleted, first, last, "max")
+        if deleted.start <= first < deleted.stop and last is not None:
+            first = await self._outermost(connection, deleted, first, last, "min")
+        await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", deleted.symbol)
+        if last is not None:
+            await connection.execute(_LATEST, [deleted.symbol], [first], [last], last, last)
+
+    async def _outermost(
+        self, connection: Connection, deleted: _Span, first: datetime, last: datetime, end: Literal["min", "max"]
+    ) -> datetime | None:
+        """The time of a symbol's oldest or newest quote that is left in [`first`, `last`].
+
+        Searched away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of
+        a few chunks and not of two years.
+        """
+        low, high = deleted.start, deleted.stop
+        step = self._settings.chunk_interval
+        while True:
+            found: datetime | None = await connection.fetchval(
+                f"SELECT {end}(timestamp) FROM quotes.real_time"
+                " WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3",
+                deleted.symbol, low, high,
+            )  # fmt: skip
+            if found is not None:
+                return found
+            if end == "max":
+                if low <= first:
+                    return None
+                low, high = max(low - step, first), low
+            else:
+                if high > last:
+                    return None
+                low, high = high, min(high + step, last + _TICK)
+            step *= 2
 
     async def _update_latest(self, connection: Connection, stored: Sequence[pa.RecordBatch]) -> None:
         """Bring `quotes.latest` up to what was just stored."""
@@ -476,23 +617,24 @@ class QuoteRepository:
         end: datetime,
         *,
         price: BarPrice = "last",
+        tz: str = "UTC",
         limit: int = 1000,
         sort: Sort = "asc",
     ) -> list[Bar]:
         """Up to `limit` bars that start in [`start`, `end`), by symbol, then by time.
 
-        `price` says what the bars are of; `vwap` is sum(price x volume) / sum(volume), None without volume.
+        `price` and `tz` are those of `BarSpec`; `vwap` is sum(price x volume) / sum(volume), None without volume.
 
         Raises:
             InvalidRequest: a symbol or the interval has no meaning, a time is naive, or the range is reversed.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
-        width = Interval.parse(interval) if isinstance(interval, str) else interval
+        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz)
         wanted = _range(symbols, start, end, limit, sort)
         async with self._database.acquire() as connection:
             argument = _Arguments()
-            bars = await self._bars(connection, wanted, width, price, argument)
+            bars = await self._bars(connection, wanted, spec, argument)
             rows = await connection.fetch(
                 "SELECT symbol, timestamp, open, high, low, close, volume,"
                 f" round(turnover / nullif(volume, 0), 8), count, final FROM ({bars}) bars",
@@ -508,18 +650,18 @@ class QuoteRepository:
         async with self._database.acquire() as connection:
             return await _page(connection, _quotes(wanted, argument), _QUOTE_JSON, wanted, argument)
 
-    async def bars_page(self, wanted: Range, interval: Interval, price: BarPrice = "last") -> Page:
+    async def bars_page(self, wanted: Range, spec: BarSpec) -> Page:
         """A page of bars; errors as in `get_bars`."""
-        return await self._bars_page(wanted, interval, price, _BAR_JSON)
+        return await self._bars_page(wanted, spec, _BAR_JSON)
 
     async def summary_page(self, wanted: Range) -> Page:
         """A page of daily summaries in UTC days; errors as in `get_bars`."""
-        return await self._bars_page(wanted, Interval(1, "d"), "last", _SUMMARY_JSON)
+        return await self._bars_page(wanted, BarSpec(Interval(1, "d")), _SUMMARY_JSON)
 
-    async def _bars_page(self, wanted: Range, interval: Interval, price: BarPrice, row: str) -> Page:
+    async def _bars_page(self, wanted: Range, spec: BarSpec, row: str) -> Page:
         argument = _Arguments()
         async with self._database.acquire() as connection:
-            bars = await self._bars(connection, wanted, interval, price, argument)
+            bars = await self._bars(connection, wanted, spec, argument)
             return await _page(connection, bars, row, wanted, argument)
 
     async def latest_rows(self, symbols: Sequence[str] | None) -> tuple[str, list[str]]:
@@ -554,56 +696,62 @@ class QuoteRepository:
         text, last, count = rows[0]
         return text, last if count > limit else None
 
-    async def _bars(
-        self, connection: Connection, wanted: Range, interval: Interval, price: BarPrice, argument: _Arguments
-    ) -> str:
+    async def _bars(self, connection: Connection, wanted: Range, spec: BarSpec, argument: _Arguments) -> str:
         """The statement for bars, read from the coarsest rollups that give them exactly."""
-        width, months = argument(timedelta(seconds=interval.seconds)), argument(interval.months)
-        step = f"({width}::interval + make_interval(months => {months}::int))"
-        value = {"last": "price", "bid": "bid", "ask": "ask", "mid": "round((bid + ask) / 2, 8)"}[price]
+        value = {"last": "price", "bid": "bid", "ask": "ask", "mid": "round((bid + ask) / 2, 8)"}[spec.price]
         raw = (
             f"timestamp, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,"
             f" {value} * volume AS turnover, 1 AS count"
         )
-        found = await self._stretches(connection, wanted, interval, price)
+        found = await self._stretches(connection, wanted, spec)
+        bucket, bucket_end = _buckets(spec, argument)
+        filled = spec.fill != "none"
+        if filled and (wanted.end - wanted.start) / spec.interval.width > _MOST_FILLED:
+            raise InvalidRequest(f"At most {_MOST_FILLED} bars of a symbol are filled at once.", parameter="fill")
 
         def inner(span: _Span | None) -> str:
             parts = []
+            beyond = "" if span or filled else f" + {argument(spec.interval.width + _LONG_DAY)}::interval"
             for part in found:
-                start = part.start if span is None else max(part.start, span.start)
+                # A filled bar may take its price from before the page, so each page looks at the whole range.
+                start = part.start if span is None or filled else max(part.start, span.start)
                 if start >= part.end:
                     continue
                 is_raw = part.source == rollups.RAW
+                of_span = "symbol = span.symbol" if span is None and filled else _of(span, argument, beyond)
                 parts.append(f"""
                     SELECT {raw if is_raw else f"timestamp, {_BAR_COLUMNS}"} FROM quotes.{part.source}
-                    WHERE {_of(span, argument, f" + {step}")} AND timestamp >= {argument(start)}::timestamptz
+                    WHERE {of_span} AND timestamp >= {argument(start)}::timestamptz
                       AND timestamp < {argument(part.end)}::timestamptz
                       {f"AND {value} IS NOT NULL" if is_raw else ""}""")
-            low, high = ("span.start", "span.stop") if span is None else (argument(span.start), argument(span.stop))
             # One ordered array gives both ends of a bar; the key's order makes its sort a no-op.
-            return f"""
-                SELECT bucket AS timestamp, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
-                       volume, turnover, count, bucket + {step} <= now() AS final
-                FROM (SELECT {_bucket(interval, width, months)} AS bucket,
+            bars = f"""
+                SELECT bucket, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
+                       volume, turnover, count
+                FROM (SELECT {bucket} AS bucket,
                              array_agg(open ORDER BY timestamp) AS opens, max(high) AS high, min(low) AS low,
                              array_agg(close ORDER BY timestamp) AS closes, sum(volume) AS volume,
                              sum(turnover) AS turnover, sum(count)::bigint AS count
                       FROM ({" UNION ALL ".join(parts)}) source
-                      GROUP BY bucket) grouped
+                      GROUP BY bucket) grouped"""
+            if filled:
+                bars = _filled(bars, spec, wanted, argument)
+            low, high = ("span.start", "span.stop") if span is None else (argument(span.start), argument(span.stop))
+            return f"""
+                SELECT bucket AS timestamp, {_BAR_COLUMNS}, {bucket_end} <= now() AS final FROM ({bars}) bars
                 WHERE bucket >= {low}::timestamptz AND bucket < {high}::timestamptz"""
 
         return _per_symbol(wanted, inner, f"{_BAR_COLUMNS}, final", argument)
 
-    async def _stretches(
-        self, connection: Connection, wanted: Range, interval: Interval, price: BarPrice
-    ) -> list[rollups.Stretch]:
+    async def _stretches(self, connection: Connection, wanted: Range, spec: BarSpec) -> list[rollups.Stretch]:
         """What to read where. Without rollups the views of their names would compute all bars of a symbol."""
-        end = min(wanted.end, _LATEST_END) + interval.width
-        if self._database.capability.level < Level.COMMUNITY or price != "last" or interval.source == rollups.RAW:
+        end = min(wanted.end, _LATEST_END) + spec.interval.width + _LONG_DAY
+        source = spec.source(wanted.start, end)
+        if self._database.capability.level < Level.COMMUNITY or spec.price != "last" or source == rollups.RAW:
             return [rollups.Stretch(rollups.RAW, wanted.start, end)]
         retention = self._settings.effective_retention
         floor = None if retention is None else datetime.now(UTC) - retention + self._settings.chunk_interval
-        return await rollups.stretches(connection, interval.source, wanted.start, end, floor)
+        return await rollups.stretches(connection, source, wanted.start, end, floor)
 
     async def _fetch(self, statement: str, argument: _Arguments) -> list[Any]:
         async with self._database.acquire() as connection:
@@ -658,16 +806,6 @@ def _quotes(wanted: Range, argument: _Arguments) -> str:
     return _per_symbol(wanted, inner, ", ".join(_VALUES), argument)
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The part of a range that is still wanted of one symbol, and how many rows at most."""
-
-    symbol: str
-    start: datetime
-    stop: datetime
-    rows: int
-
-
 def _of(span: _Span | None, argument: _Arguments, beyond: str = "") -> str:
     """The condition that a row is of the span, or without one of the row `span` of the statement.
 
@@ -682,14 +820,59 @@ def _of(span: _Span | None, argument: _Arguments, beyond: str = "") -> str:
     )
 
 
-def _bucket(interval: Interval, width: str, months: str) -> str:
-    """The start of the bar that a row's `timestamp` falls in; `width` and `months` are placeholders."""
-    if not interval.months:
-        return f"date_bin({width}::interval, timestamp, timestamptz '2000-01-03 00:00Z')"
-    local = "timestamp AT TIME ZONE 'UTC'"
+def _buckets(spec: BarSpec, argument: _Arguments) -> tuple[str, str]:
+    """The start of the bar that a row's `timestamp` falls in, and the end of the bar that starts at `bucket`."""
+    months = spec.interval.months
+    if not months:
+        width = f"{argument(timedelta(seconds=spec.interval.seconds))}::interval"
+        if spec.in_utc:
+            return f"date_bin({width}, timestamp, timestamptz '2000-01-03 00:00Z')", f"bucket + {width}"
+    tz = f"{argument(spec.tz)}::text"
+    local = f"(timestamp AT TIME ZONE {tz})"
+    if not months:
+        if not spec.of_days:
+            return f"date_bin({width}, timestamp, date_trunc('day', timestamp, {tz}))", f"bucket + {width}"
+        start = f"date_bin({width}, {local}, timestamp '2000-01-03')"
+        return f"{start} AT TIME ZONE {tz}", f"(bucket AT TIME ZONE {tz} + {width}) AT TIME ZONE {tz}"
     ordinal = f"12 * (extract(year FROM {local}) - 2000) + extract(month FROM {local}) - 1"
-    months_since = f"(floor(({ordinal}) / {months}::int) * {months}::int)::int"
-    return f"(timestamp '2000-01-01' + make_interval(months => {months_since})) AT TIME ZONE 'UTC'"
+    # `months` is a whole number of ours, so it may stand in the text.
+    start = f"timestamp '2000-01-01' + make_interval(months => (floor(({ordinal}) / {months}) * {months})::int)"
+    end = f"bucket AT TIME ZONE {tz} + make_interval(months => {months})"
+    return f"({start}) AT TIME ZONE {tz}", f"({end}) AT TIME ZONE {tz}"
+
+
+def _filled(bars: str, spec: BarSpec, wanted: Range, argument: _Arguments) -> str:
+    """The bars of a symbol with the gaps after its first one in the range filled."""
+    start, end = f"{argument(wanted.start)}::timestamptz", f"least({argument(wanted.end)}::timestamptz, now())"
+    in_utc = spec.in_utc and not spec.interval.months
+    tz = "" if in_utc else f"{argument(spec.tz)}::text"
+    width = argument(timedelta(seconds=spec.interval.seconds) if not spec.interval.months else timedelta(0))
+    step = f"({width}::interval + make_interval(months => {spec.interval.months}))"
+    tick = "interval '1 microsecond'"
+    if in_utc:
+        series = f"generate_series(first, {end} - {tick}, {step}) AS bucket"
+    elif spec.of_days:
+        local = f"generate_series(first AT TIME ZONE {tz}, ({end} - {tick}) AT TIME ZONE {tz}, {step}) AS local"
+        series = f"{local} CROSS JOIN LATERAL (SELECT local AT TIME ZONE {tz} AS bucket) moment"
+    else:
+        days = f"generate_series(date_trunc('day', first AT TIME ZONE {tz}), {end} AT TIME ZONE {tz}, interval '1 day')"
+        series = (
+            f"{days} AS day CROSS JOIN LATERAL generate_series(day AT TIME ZONE {tz},"
+            f" (day + interval '1 day') AT TIME ZONE {tz} - {tick}, {step}) AS bucket"
+        )
+    prices = "NULL::numeric"
+    if spec.fill == "previous":
+        prices = "first_value(close) OVER (PARTITION BY run ORDER BY bucket)"
+    return f"""
+        SELECT bucket, coalesce(open, {prices}) AS open, coalesce(high, {prices}) AS high,
+               coalesce(low, {prices}) AS low, coalesce(close, {prices}) AS close, volume, turnover,
+               coalesce(count, 0) AS count
+        FROM (WITH bars AS ({bars})
+              SELECT bucket, open, high, low, close, volume, turnover, count,
+                     count(close) OVER (ORDER BY bucket) AS run
+              FROM (SELECT min(bucket) AS first FROM bars WHERE bucket >= {start}) begin
+              CROSS JOIN LATERAL (SELECT bucket FROM {series} WHERE bucket >= first AND bucket < {end}) slots
+              LEFT JOIN bars USING (bucket)) runs"""
 
 
 def _per_symbol(wanted: Range, inner: Callable[[_Span | None], str], columns: str, argument: _Arguments) -> str:

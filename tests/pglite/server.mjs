@@ -1,6 +1,6 @@
 // A community TimescaleDB for tests: PGlite (PostgreSQL in WebAssembly) behind the wire protocol.
 //
-//   node server.mjs [PORT] [--copy]     PORT 0 or none: the system chooses
+//   node server.mjs [PORT]     PORT 0 or none: the system chooses
 //
 // Prints one JSON line {"port", "postgresql", "timescaledb", "pglite", "node"} when ready, and dies
 // with whoever holds its standard input (end of file), or on any signal. Data is in memory.
@@ -34,11 +34,9 @@ const COPY = /^(?:\s|--[^\n]*\n|\/\*[^]*?\*\/)*copy\b/i
 const COPY_FROM_CLIENT = /^[^']*?\bfrom\s+stdin\b/i
 // Raised by the server itself, so that transactions and pipelines fail as for any other error.
 const REFUSE_COPY = `DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '0A000',
-  MESSAGE = 'COPY is not supported by this server'; END $$`
+  MESSAGE = 'COPY in the extended protocol is not supported by this server'; END $$`
 
-const options = process.argv.slice(2)
-const serveCopy = options.includes('--copy')
-const port = Number(options.find((option) => !option.startsWith('--')) ?? 0)
+const port = Number(process.argv[2] ?? 0)
 
 // ---------------------------------------------------------------- wire format
 
@@ -248,7 +246,6 @@ class Client {
       case 'Q': {
         const [sql] = readString(message, 5)
         if (!COPY.test(sql)) return this.run(message, sql)
-        if (!serveCopy) return this.run(query(REFUSE_COPY))
         if (!COPY_FROM_CLIENT.test(sql)) return this.run(message)
         this.copying = [message]
         return this.socket.write(frame('G', Buffer.alloc(3)))
@@ -264,7 +261,7 @@ class Client {
         return
       case 'S': case 'H':
         return this.run(message)
-      case 'd': case 'c': case 'f': case 'p': // left over from a refused COPY; a password nobody asked for
+      case 'd': case 'c': case 'f': case 'p': // left over from a failed COPY; a password nobody asked for
         return
       default: // PGlite dies of a message it does not know
         this.finish(fatal('08P01', `unsupported message type "${type}"`))

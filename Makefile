@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/created:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
@@ -41,6 +41,9 @@ check: $(VENV)/dev  ## Lint, types and import contracts
 bench: $(VENV)/dev  ## Measure against psql and bare asyncpg, side by side in one run
 	$(BIN)/python -m benchmarks.first
 
+bench-storage: $(VENV)/dev  ## Measure the columnstore's ratio, on DATABASE_URL=… or the WebAssembly TimescaleDB
+	$(BIN)/python -m benchmarks.storage $(if $(DATABASE_URL),--database-url $(DATABASE_URL),--wasm) $(BENCHARGS)
+
 lock: | $(VENV)/created  ## Refresh both lock files
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-header pyproject.toml -o requirements.lock
@@ -59,4 +62,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test check bench lock dev-up dev-down test-up clean
+.PHONY: help serve demo test check bench bench-storage lock dev-up dev-down test-up clean

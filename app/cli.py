@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, health, load, demo.
+"""The command line: serve, migrate, health, maintain, load, demo.
 
 Invariant: stdout carries results and nothing else, an error is one readable sentence on stderr, and the exit
 status says whether it worked.
@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, logs
+from app import __version__, logs, maintain
 from app import demo as market
 from app import load as loading
 from app.client import DEFAULT_URL
@@ -49,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(maintain.app, name="maintain")
 errors = Console(stderr=True)
 
 DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]

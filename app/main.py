@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 
 from app import __version__, logs, metrics
-from app.api import ohlc, ops, problems, quotes, symbols
+from app.api import ohlc, ops, problems, quotes, storage, symbols
 from app.api.access import AccessLog
 from app.api.deps import Services
 from app.db.embedded import embedded_postgres
@@ -23,7 +23,9 @@ from app.db.replicas import database_of
 from app.errors import QuotesError
 from app.health import Health
 from app.model import Quote
+from app.monitor import Monitor
 from app.repository.quotes import QuoteRepository
+from app.repository.storage import StorageRepository
 from app.repository.system import SystemRepository
 from app.settings import Settings
 from app.writer import Writer
@@ -61,7 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     instrumentator.add(metrics.observe_request).instrument(app).expose(app, include_in_schema=False)
     app.add_middleware(AccessLog)
     problems.install(app)
-    for router in (quotes.router, ohlc.router, symbols.router, ops.router):
+    for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
     _declare(app)
     return app
@@ -92,10 +94,11 @@ async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
     await database.connect()
     repository = QuoteRepository(database, settings)
     writer = await stack.enter_async_context(Writer(repository.write, settings))
+    monitor = await stack.enter_async_context(Monitor(StorageRepository(database), settings.monitor_interval))
     health = Health(SystemRepository(database), settings, head())
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
-    return Services(settings, repository, writer, health)
+    return Services(settings, repository, writer, health, monitor)
 
 
 def _operation_id(route: APIRoute) -> str:

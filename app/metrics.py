@@ -54,6 +54,68 @@ REPLICA_LAG: Final = Gauge(
 
 for _role in ("primary", "replica"):
     READS.labels(_role)
+STORAGE_BYTES: Final = Gauge(
+    "quotes_storage_bytes",
+    "Bytes of the store with indexes, by what holds them.",
+    ["state"],
+    multiprocess_mode="livemostrecent",
+)
+MONITOR_UP: Final = Gauge(
+    "quotes_monitor_up", "1 if the last look at the store succeeded.", multiprocess_mode="livemin"
+)
+CHUNKS: Final = Gauge(
+    "timescaledb_hypertable_chunks",
+    "Chunks of the raw quotes, by state.",
+    ["state"],
+    multiprocess_mode="livemostrecent",
+)
+COMPRESSION_BEFORE: Final = Gauge(
+    "timescaledb_compression_before_bytes",
+    "Bytes of the compressed chunks before they were.",
+    multiprocess_mode="livemostrecent",
+)
+COMPRESSION_AFTER: Final = Gauge(
+    "timescaledb_compression_after_bytes",
+    "Bytes of the compressed chunks right after.",
+    multiprocess_mode="livemostrecent",
+)
+WATERMARK: Final = Gauge(
+    "timescaledb_cagg_watermark_timestamp_seconds",
+    "Time up to which a rollup is materialised.",
+    ["rollup"],
+    multiprocess_mode="livemostrecent",
+)
+WATERMARK_LAG: Final = Gauge(
+    "timescaledb_cagg_watermark_lag_seconds",
+    "From what a rollup has materialised to the newest quote.",
+    ["rollup"],
+    multiprocess_mode="livemostrecent",
+)
+STALE_RANGES: Final = Gauge(
+    "timescaledb_cagg_stale_ranges",
+    "Ranges below a rollup's watermark that got late quotes and wait for a refresh.",
+    ["rollup"],
+    multiprocess_mode="livemostrecent",
+)
+JOB_SUCCESS: Final = Gauge(
+    "timescaledb_job_last_run_success",
+    "1 if the last run of a background job succeeded.",
+    ["job"],
+    multiprocess_mode="livemostrecent",
+)
+JOB_FINISHED: Final = Gauge(
+    "timescaledb_job_last_successful_finish_timestamp_seconds",
+    "When a background job last succeeded.",
+    ["job"],
+    multiprocess_mode="livemostrecent",
+)
+JOB_INTERVAL: Final = Gauge(
+    "timescaledb_job_schedule_interval_seconds",
+    "Time between two runs of a background job.",
+    ["job"],
+    multiprocess_mode="livemostrecent",
+)
+
 for _result in ("inserted", "updated", "unchanged", "superseded", "rejected"):
     INGEST_ROWS.labels(_result)
 

@@ -22,6 +22,8 @@ _SECONDS = {
 
 def _duration(value: object) -> object:
     """Read `30 days`, `500 ms`, `2 years`; leave ISO 8601 and the rest to pydantic."""
+    if isinstance(value, str) and value.strip() == "0":
+        return timedelta(0)
     if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip().lower())):
         return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
     return value
@@ -96,6 +98,10 @@ class Settings(BaseSettings):
     chunk_interval: Duration = Field(default=timedelta(days=1), description="Time span of one hypertable chunk.")
     compress_after: Duration = Field(
         default=timedelta(days=30), description="Age at which a chunk moves to the columnstore."
+    )
+
+    monitor_interval: Annotated[timedelta, BeforeValidator(_duration), Field(ge=timedelta(0))] = Field(
+        default=timedelta(seconds=30), description="Time between two looks at the store for metrics. 0: none."
     )
 
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Largest request body in bytes.")

@@ -21,7 +21,7 @@ from app.db.engine import Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
-from benchmarks.target import _fresh_database
+from benchmarks.target import fresh_database
 
 SYMBOLS: Final = [f"SYM{i:02}" for i in range(50)]
 STEP: Final = timedelta(seconds=90)
@@ -75,7 +75,7 @@ async def measure(url: str, sizes: list[int], rounds: int, calls: int) -> None:
     async with AsyncExitStack() as stack:
         stores = []
         for rows in sizes:
-            database, start = await _filled(await stack.enter_async_context(_fresh_database(url)), settings, rows, end)
+            database, start = await _filled(await stack.enter_async_context(fresh_database(url)), settings, rows, end)
             stack.push_async_callback(database.close)
             stores.append((rows, QuoteRepository(database, settings), (end - start).days))
             print(f"filled {rows:,} rows of {(end - start).days} days", flush=True)

@@ -68,7 +68,7 @@ async def running_target(database_url: str | None, psql: Path | None) -> AsyncIt
             url = await stack.enter_async_context(embedded_postgres(scratch / "data"))
             environment["QUOTES_RETENTION"] = "none"
         else:
-            url = await stack.enter_async_context(_fresh_database(database_url))
+            url = await stack.enter_async_context(fresh_database(database_url))
         environment["QUOTES_DATABASE_URL"] = url
         port, pid = await stack.enter_async_context(_service(scratch / "service.log", environment))
         about, postmaster = await _describe(url, "private" if database_url is None else "given")
@@ -98,7 +98,8 @@ def _find_psql(*, private: bool) -> Path:
 
 
 @asynccontextmanager
-async def _fresh_database(url: str) -> AsyncIterator[str]:
+async def fresh_database(url: str) -> AsyncIterator[str]:
+    """An empty database beside the one of `url`, dropped afterwards."""
     name = f"bench_{os.getpid()}_{time.time_ns()}"
     admin = await asyncpg.connect(url)
     try:

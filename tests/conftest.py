@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ async def lane(request: pytest.FixtureRequest, shared_dir: Path) -> AsyncIterato
     else:
         with wasm_server(shared_dir) as url:
             # One session serves all clients in turn, so each operation brings and ends its own connection.
-            yield await _ready(Lane(name, url, await _version(url), {"pool_size": 0}))
+            yield await _ready(Lane(name, url, await _version(url), {"pool_size": 0, "monitor_interval": timedelta(0)}))
 
 
 @contextmanager

@@ -467,7 +467,7 @@ async def test_openapi_names_operations_and_problems(client: httpx.AsyncClient) 
     operations = {op["operationId"] for path in document["paths"].values() for op in path.values()}
     assert operations == {
         "ingest_quotes", "delete_quotes", "list_quotes", "latest_quotes", "intraday_quotes", "count_quotes",
-        "list_bars", "list_daily_summaries", "list_symbols", "health", "live", "ready",
+        "list_bars", "list_daily_summaries", "list_symbols", "get_storage", "health", "live", "ready",
     }  # fmt: skip
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:

@@ -37,10 +37,11 @@ def test_every_metric_is_documented_and_nothing_else() -> None:
         name
         for collector in REGISTRY._collector_to_names
         for name in [getattr(collector, "_name", "")]
-        if name.startswith("quotes_")
+        if name.startswith(("quotes_", "timescaledb_"))
     }
     listed = {
-        name.removesuffix("_total") for name in re.findall(r"`(quotes_\w+)`", (ROOT / "docs/metrics.md").read_text())
+        name.removesuffix("_total")
+        for name in re.findall(r"`((?:quotes|timescaledb)_\w+)`", (ROOT / "docs/metrics.md").read_text())
     }
     assert listed == declared
 

@@ -31,6 +31,7 @@ from app.errors import (
 )
 from app.health import Health
 from app.model import Consistency, Timestamp, normal_symbol
+from app.monitor import Monitor
 from app.repository.quotes import Page, Position, QuoteRepository
 from app.settings import Settings
 from app.writer import Writer
@@ -47,6 +48,7 @@ class Services:
     quotes: QuoteRepository
     writer: Writer
     health: Health
+    monitor: Monitor
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool

@@ -1,0 +1,408 @@
+"""`opa-quotes maintain`: what background policies do, by hand, and what an operator asks for besides.
+
+Invariant: what a verb did is one JSON document with `--json`, on stdout; progress and remarks go to stderr. What
+the server's level does not have is said, in `cannot`, and where it was all that was asked for the status is 1.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from app.api.storage import report
+from app.db import embedded
+from app.db.capability import Level
+from app.db.engine import Database
+from app.errors import DatabaseUnavailable, StartupError
+from app.model import rfc3339
+from app.repository.maintenance import Change, MaintenanceRepository
+from app.repository.storage import Chunk, StorageRepository
+from app.settings import Settings
+
+app = typer.Typer(help="Columnstore, rollups, retention: show, and do by hand what policies do.", no_args_is_help=True)
+remarks = Console(stderr=True)
+
+_NO_COLUMNSTORE: Final = "no columnstore: quotes stay in rows"
+_NO_REFRESH: Final = "nothing to refresh: bars are computed from the quotes at each request"
+_NO_REORDER: Final = {
+    Level.APACHE: "no reorder_chunk, which the community edition has; CLUSTER would lock the chunk against all reads",
+    Level.POSTGRESQL: "no reordering online: CLUSTER would lock the whole table against reads and writes",
+}
+_NO_ROLLUPS: Final = "bars of dropped quotes are gone too: this level computes them from the quotes"
+_NO_POLICIES: Final = "no columnstore and no policies: run `maintain drop` from a timer for the retention"
+_NO_CHUNKS: Final = "no hypertable: nothing has a chunk interval"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a verb did, and what it could not do at the server's level."""
+
+    verb: str
+    level: Level
+    done: list[dict[str, Any]] = field(default_factory=list)
+    cannot: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+def _when(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise typer.BadParameter("a date or a time in ISO 8601, as in 2026-01-31 or 2026-01-31T12:00Z") from error
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Start = Annotated[str | None, typer.Option(help="Begin of the range, UTC unless it says otherwise.")]
+End = Annotated[str | None, typer.Option(help="End of the range, exclusive.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    """The database: the given one, or the embedded one, started for as long as this takes unless it runs."""
+    if settings.database_url is not None:
+        yield Database(settings.database_url.get_secret_value(), settings)
+        return
+    database = Database(embedded.url(settings.data_dir), settings)
+    try:
+        async with database.dedicated():
+            pass
+    except DatabaseUnavailable:
+        if not ((settings.data_dir or embedded.default_data_dir()).expanduser() / "pgdata").exists():
+            raise StartupError("There is no embedded database yet: run `opa-quotes serve` or `migrate`.") from None
+        async with embedded.embedded_postgres(settings.data_dir) as url:
+            yield Database(url, settings)
+    else:
+        yield database
+
+
+def _run(
+    data_dir: Path | None,
+    work: Callable[[MaintenanceRepository, Outcome], Awaitable[None]],
+    verb: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Do a verb and print its outcome."""
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+
+    async def run() -> Outcome:
+        async with _database(settings) as database, MaintenanceRepository.open(database, settings) as repository:
+            outcome = Outcome(verb, repository.capability.level)
+            await work(repository, outcome)
+            return outcome
+
+    outcome = asyncio.run(run())
+    if as_json:
+        document = {
+            "verb": outcome.verb, "level": str(outcome.level), "dry_run": outcome.dry_run,
+            "done": outcome.done, "cannot": outcome.cannot, **outcome.notes,
+        }  # fmt: skip
+        _print(document)
+    else:
+        if outcome.done:
+            table = Table(*(name.replace("_", " ") for name in outcome.done[0]))
+            for row in outcome.done:
+                table.add_row(*("" if value is None else str(value) for value in row.values()))
+            Console().print(table)
+        else:
+            remarks.print("Nothing to do." if not outcome.cannot else "Nothing was done.")
+        for name, value in outcome.notes.items():
+            remarks.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+        if outcome.dry_run:
+            remarks.print("A dry run: nothing was changed.")
+        for sentence in outcome.cannot:
+            remarks.print(f"[yellow]level {outcome.level}:[/yellow] {sentence}", highlight=False)
+    if outcome.cannot and not outcome.done and verb in {"compress", "decompress", "reorder"}:
+        raise typer.Exit(1)
+
+
+def _print(document: object) -> None:
+    typer.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
+
+
+async def _each(
+    verb: str, chunks: Sequence[Chunk], step: Callable[[Chunk], Awaitable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Do a step for each chunk, oldest first, in sight of who waits for it."""
+    done = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=remarks, transient=True) as progress:
+        task = progress.add_task(verb, total=len(chunks))
+        for chunk in chunks:
+            progress.update(task, description=f"{verb} {rfc3339(chunk.start)}")
+            done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **await step(chunk)})
+            progress.advance(task)
+    return done
+
+
+async def _settle(repository: MaintenanceRepository, now: datetime) -> set[str]:
+    """Complete the bars of what retention takes next; the chunks that were in need."""
+
+    async def step(chunk: Chunk) -> dict[str, Any]:
+        return {"needed": await repository.settle(chunk)}
+
+    steps = await _each("complete bars", await repository.below_floor(now), step)
+    return {done["chunk"] for done in steps if done["needed"]}
+
+
+def _within(chunks: Sequence[Chunk], start: datetime | None, end: datetime | None) -> list[Chunk]:
+    return [c for c in chunks if (start is None or c.end > start) and (end is None or c.start < end)]
+
+
+@app.command()
+def show(
+    *,
+    limit: Annotated[int, typer.Option(min=0, help="Most chunks listed, newest first.")] = 20,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Tables, chunks, rollups and jobs: sizes, savings, watermarks and last runs."""
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+
+    async def look() -> dict[str, Any]:
+        async with _database(settings) as database:
+            return report(await StorageRepository(database).look(timedelta(minutes=1)), limit)
+
+    found = asyncio.run(look())
+    if as_json:
+        _print(found)
+        return
+    console = Console()
+    server = f"PostgreSQL {found['postgresql']}"
+    if found["timescaledb"]:
+        server += f", TimescaleDB {found['timescaledb']}"
+    console.print(f"{server}: level {found['level']}", highlight=False)
+    _table(console, "Tables", found["tables"])
+    savings = found["compression"]
+    if savings["after_bytes"]:
+        console.print(
+            f"Columnstore: {_size(savings['before_bytes'])} became {_size(savings['after_bytes'])}, "
+            f"{savings['ratio']}:1.",
+            highlight=False,
+        )
+    chunks = found["chunks"]
+    states = ", ".join(f"{count} {state}" for state, count in chunks["by_state"].items())
+    _table(console, f"Chunks: {chunks['total']} ({states})", chunks["newest"])
+    _table(console, "Rollups", found["rollups"])
+    _table(console, "Jobs", found["jobs"])
+    level = Level[found["level"].upper()]
+    if level.lacks:
+        remarks.print(f"[yellow]level {level}:[/yellow] {level.lacks}.", highlight=False)
+
+
+def _table(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(
+        *(name.removesuffix("_bytes").replace("_", " ") for name in rows[0]), title=title, title_justify="left"
+    )
+    for row in rows:
+        table.add_row(
+            *(
+                "" if value is None else _size(value) if name.endswith("bytes") else str(value)
+                for name, value in row.items()
+            )
+        )
+    console.print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:  # noqa: PLR2004  the step between binary units
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+@app.command()
+def compress(
+    *,
+    start: Start = None,
+    end: End = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Move chunks to the columnstore: those older than QUOTES_COMPRESS_AFTER, or those of a range."""
+    low, high = _when(start), _when(end)
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_COLUMNSTORE)
+            return
+        due = await repository.due(datetime.now(UTC)) if low is None and high is None else await repository.chunks()
+        chunks = [chunk for chunk in _within(due, low, high) if chunk.state != "columnstore"]
+
+        async def step(chunk: Chunk) -> dict[str, Any]:
+            await repository.compress(chunk)
+            return {"was": chunk.state}
+
+        outcome.done = await _each("compress", chunks, step)
+        after = {chunk.name: chunk for chunk in await repository.chunks()}
+        for row in outcome.done:
+            chunk = after[row["chunk"]]
+            row["before_bytes"], row["after_bytes"] = chunk.before, chunk.after
+            row["ratio"] = round(chunk.before / chunk.after, 2) if chunk.before and chunk.after else None
+
+    _run(data_dir, work, "compress", as_json=as_json)
+
+
+@app.command()
+def decompress(
+    start: Annotated[str, typer.Option(help="Begin of the range, UTC unless it says otherwise.")],
+    end: Annotated[str, typer.Option(help="End of the range, exclusive.")],
+    *,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Move the chunks of a range back to rows, as before a large correction; the policy compresses them again."""
+    low, high = _when(start), _when(end)
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_COLUMNSTORE)
+            return
+        chunks = [c for c in _within(await repository.chunks(), low, high) if c.state != "rowstore"]
+
+        async def step(chunk: Chunk) -> dict[str, Any]:
+            await repository.decompress(chunk)
+            return {"was": chunk.state}
+
+        outcome.done = await _each("decompress", chunks, step)
+
+    _run(data_dir, work, "decompress", as_json=as_json)
+
+
+@app.command()
+def refresh(
+    *,
+    start: Start = None,
+    end: End = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild all bars of the range, not only stale ones.")] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Bring the rollups up to date: 1m, then 1h, then 1d; never where quotes may have been dropped."""
+    low, high = _when(start), _when(end)
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_REFRESH)
+            return
+        now = datetime.now(UTC)
+        if settled := await _settle(repository, now):
+            outcome.notes["chunks_completed_before_retention"] = len(settled)
+        for rollup, window in await repository.refresh_windows(now, low, high):
+            with remarks.status(f"refresh {rollup}"):
+                await repository.refresh(rollup, window, force=force)
+            outcome.done.append({"rollup": rollup, "start": rfc3339(window.start), "end": rfc3339(window.end)})
+
+    _run(data_dir, work, "refresh", as_json=as_json)
+
+
+async def _drop_chunks(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
+    settled = set() if dry_run else await _settle(repository, now)
+
+    async def step(chunk: Chunk) -> dict[str, Any]:
+        if not dry_run:
+            await repository.drop(chunk)
+        return {"end": rfc3339(chunk.end), "bytes": chunk.bytes, "bars_completed": chunk.name in settled}
+
+    return await _each("drop", await repository.expired(now), step)
+
+
+async def _delete_rows(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
+    rows = 0
+    if dry_run:
+        rows = await repository.expired_rows(now)
+    else:
+        with remarks.status("delete") as status:
+            while deleted := await repository.delete(now):
+                rows += deleted
+                status.update(f"delete: {rows:,} quotes")
+    return [{"table": "quotes.real_time", "quotes": rows}] if rows else []
+
+
+@app.command()
+def drop(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Drop quotes older than QUOTES_RETENTION; where there are rollups, their bars stay."""
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        now = datetime.now(UTC)
+        outcome.dry_run = dry_run
+        cutoff = repository.cutoff(now)
+        if cutoff is None:
+            outcome.notes["kept"] = "all quotes: QUOTES_RETENTION is none"
+            return
+        outcome.notes["older_than"] = rfc3339(cutoff)
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_ROLLUPS)
+        take = _drop_chunks if outcome.level >= Level.APACHE else _delete_rows
+        outcome.done = await take(repository, now, dry_run=dry_run)
+        if not dry_run:
+            moved, gone = await repository.fix_first(now)
+            outcome.notes |= {"symbols_with_a_new_first_quote": moved, "symbols_without_quotes": gone}
+
+    _run(data_dir, work, "drop", as_json=as_json)
+
+
+@app.command()
+def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Rewrite chunks of rows in the order of the key, for fewer pages a read; the newest one is left alone."""
+    low, high = _when(start), _when(end)
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_REORDER[outcome.level])
+            return
+        now = datetime.now(UTC)
+        chunks = [
+            chunk
+            for chunk in _within(await repository.chunks(), low, high)
+            if chunk.state == "rowstore" and chunk.end <= now
+        ]
+
+        async def step(chunk: Chunk) -> dict[str, Any]:
+            await repository.reorder(chunk)
+            return {"bytes": chunk.bytes}
+
+        outcome.done = await _each("reorder", chunks, step)
+
+    _run(data_dir, work, "reorder", as_json=as_json)
+
+
+@app.command()
+def apply(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Bring chunk interval and policies in line with the settings; a new chunk interval counts for new chunks."""
+
+    async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
+        outcome.dry_run = dry_run
+        if outcome.level < Level.APACHE:
+            outcome.cannot.append(_NO_CHUNKS)
+        if outcome.level < Level.COMMUNITY:
+            outcome.cannot.append(_NO_POLICIES)
+        changes = await repository.differences()
+        if changes and not dry_run:
+            await repository.apply()
+        outcome.done = [_change(change) for change in changes]
+
+    _run(data_dir, work, "apply", as_json=as_json)
+
+
+def _change(change: Change) -> dict[str, Any]:
+    before, after = (None if span is None else str(span) for span in (change.before, change.after))
+    return {"setting": change.what, "before": before, "after": after}

@@ -1,0 +1,127 @@
+"""Figures of the store as metrics: a table of gauges, each with what it takes from one look at the store.
+
+Invariant: what fails here is logged and fails nothing else. One look at a time, on a connection of its own that
+waits for no lock; `/v1/storage` and the gauges show the same look.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+from prometheus_client import Gauge
+
+from app import metrics
+from app.errors import QuotesError
+from app.repository.storage import STATES, Storage, StorageRepository
+
+log = structlog.get_logger(__name__)
+
+#: A look is shared by all who ask within this time.
+FRESH: Final = timedelta(seconds=10)
+
+Values = Iterable[tuple[tuple[str, ...], float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A gauge, and its values by label in one look at the store."""
+
+    gauge: Gauge
+    values: Callable[[Storage], Values]
+
+
+def _bytes(storage: Storage) -> Values:
+    parts: dict[str, int] = {
+        state: sum(chunk.bytes for chunk in storage.chunks if chunk.state == state) for state in STATES
+    }
+    for relation in storage.relations:
+        if relation.kind == "table":
+            state = "latest" if relation.name == "quotes.latest" else "rowstore"
+            parts[state] = parts.get(state, 0) + relation.bytes
+    parts["rollups"] = sum(r.bytes for r in storage.relations if r.kind == "continuous aggregate")
+    return [((state,), value) for state, value in parts.items()]
+
+
+PROBES: Final = (
+    Probe(metrics.STORAGE_BYTES, _bytes),
+    Probe(metrics.CHUNKS, lambda look: [((state,), look.count(state)) for state in STATES]),
+    Probe(metrics.COMPRESSION_BEFORE, lambda look: [((), look.before)]),
+    Probe(metrics.COMPRESSION_AFTER, lambda look: [((), look.after)]),
+    Probe(metrics.WATERMARK_LAG, lambda look: [((r.name,), r.lag.total_seconds()) for r in look.rollups]),
+    Probe(
+        metrics.WATERMARK,
+        lambda look: [((r.name,), r.watermark.timestamp()) for r in look.rollups if r.watermark is not None],
+    ),
+    Probe(metrics.STALE_RANGES, lambda look: [((r.name,), r.stale_ranges) for r in look.rollups]),
+    Probe(
+        metrics.JOB_SUCCESS,
+        lambda look: [((j.name,), j.last_status == "Success") for j in look.jobs if j.last_status is not None],
+    ),
+    Probe(
+        metrics.JOB_FINISHED,
+        lambda look: [((j.name,), j.last_success.timestamp()) for j in look.jobs if j.last_success is not None],
+    ),
+    Probe(metrics.JOB_INTERVAL, lambda look: [((j.name,), j.every.total_seconds()) for j in look.jobs]),
+)
+
+
+class Monitor:
+    """Looks at the store now and then, and when asked."""
+
+    def __init__(self, repository: StorageRepository, interval: timedelta) -> None:
+        self._repository = repository
+        self._interval = interval.total_seconds()
+        self._lock = asyncio.Lock()
+        self._last: tuple[float, Storage] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._interval:
+            self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def storage(self) -> Storage:
+        """A look that is at most ten seconds old.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached, or a chunk is locked.
+            QueryTimeout: the look took too long.
+        """
+        async with self._lock:
+            now = time.monotonic()
+            if self._last is None or now - self._last[0] > FRESH.total_seconds():
+                storage = await self._repository.look()
+                for probe in PROBES:
+                    for labels, value in probe.values(storage):
+                        (probe.gauge.labels(*labels) if labels else probe.gauge).set(value)
+                self._last = (now, storage)
+            return self._last[1]
+
+    async def _run(self) -> None:
+        failed = False
+        while True:
+            try:
+                await self.storage()
+                metrics.MONITOR_UP.set(1)
+                failed = False
+            except Exception as error:
+                metrics.MONITOR_UP.set(0)
+                if not failed:
+                    reason = error.detail if isinstance(error, QuotesError) else repr(error)
+                    log.warning("no figures of the store", reason=reason)
+                failed = True
+            # Several processes started together do not look together.
+            await asyncio.sleep(self._interval * random.uniform(0.9, 1.1))  # noqa: S311  jitter, not a secret

@@ -1,0 +1,304 @@
+"""`opa-quotes maintain`, `/v1/storage` and the metrics of the store, at each level as far as it goes."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from anyio import to_thread
+from typer.testing import CliRunner, Result
+
+from app import cli
+from app.db.capability import Level
+from app.db.embedded import embedded_postgres
+from app.db.engine import Database
+from app.db.migrate import migrate
+from app.main import create_app
+from app.repository.maintenance import MaintenanceRepository
+from app.repository.quotes import QuoteRepository
+from app.repository.storage import StorageRepository
+from app.settings import Settings
+from tests.conftest import Lane, running
+
+NOW = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+DAY = timedelta(days=1)
+Maintain = Callable[..., Any]
+
+
+def tick(symbol: str, at: datetime, price: int) -> dict[str, Any]:
+    return {"symbol": symbol, "timestamp": at, "price": Decimal(price), "volume": price, "bid": Decimal(price)}
+
+
+def between(start: datetime, end: datetime) -> tuple[str, ...]:
+    return "--start", start.date().isoformat(), "--end", end.date().isoformat()
+
+
+class Store:
+    """A database of its own, its repository, and `maintain` on it."""
+
+    def __init__(self, lane: Lane, url: str, **overrides: Any) -> None:
+        self.url = url
+        self.settings: Settings = lane.make_settings(database_url=url, **overrides)
+        self.database = Database(url, self.settings)
+        self.quotes = QuoteRepository(self.database, self.settings)
+
+    async def maintain(self, *arguments: str, code: int = 0, environment: dict[str, str] | None = None) -> Any:
+        """The JSON that a verb prints, run in a thread, as it brings its own event loop."""
+        values = {
+            "QUOTES_DATABASE_URL": self.url,
+            "QUOTES_POOL_SIZE": str(self.settings.pool_size),
+            "QUOTES_RETENTION": "none" if self.settings.retention is None else f"{self.settings.retention.days} days",
+            **(environment or {}),
+        }
+
+        def run() -> Result:
+            return CliRunner().invoke(cli.app, ["maintain", *arguments, "--json"], env=values)
+
+        result = await to_thread.run_sync(run)
+        assert result.exit_code == code, (result.output, result.exception)
+        return json.loads(result.stdout)
+
+    async def fill(self, symbol: str, start: datetime, days: int, every: timedelta = timedelta(minutes=10)) -> int:
+        """A symbol's quotes; all of them, as if they had been written in their time."""
+        rows = [tick(symbol, start + i * every, 100 + i % 17) for i in range(int(days * DAY / every))]
+        open_ended = QuoteRepository(self.database, self.settings.model_copy(update={"retention": None}))
+        return (await open_ended.bulk_insert(rows)).inserted
+
+    async def execute(self, statement: str) -> None:
+        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+            await connection.execute(statement)
+
+
+@pytest.fixture
+async def store(lane: Lane, empty_url: str) -> Any:
+    store = Store(lane, empty_url, retention=timedelta(days=90))
+    await migrate(empty_url, store.settings)
+    await store.database.connect()
+    with suppress(Exception):  # where there are jobs, this test says when they run
+        await store.execute(
+            "SELECT alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs WHERE job_id >= 1000"
+        )
+    yield store
+    await store.database.close()
+
+
+async def test_show(store: Store) -> None:
+    await store.fill("AAA", (NOW - 3 * DAY).replace(hour=0), 2)
+    shown = await store.maintain("show")
+    level = store.database.capability.level
+    assert shown["level"] == str(level)
+    names = [table["name"] for table in shown["tables"]]
+    assert names[:2] == ["quotes.real_time", "quotes.latest"]
+    assert all(table["bytes"] > 0 for table in shown["tables"])
+    if level >= Level.APACHE:
+        assert shown["chunks"]["total"] == shown["chunks"]["by_state"]["rowstore"] == 2
+    else:
+        assert shown["chunks"]["total"] == 0
+    if level >= Level.COMMUNITY:
+        assert [rollup["name"] for rollup in shown["rollups"]] == ["ohlc_1m", "ohlc_1h", "ohlc_1d"]
+        assert shown["rollups"][0]["lag_seconds"] > DAY.total_seconds()
+        assert {job["name"] for job in shown["jobs"]} == {
+            "columnstore", "retention", "refresh ohlc_1m", "refresh ohlc_1h", "refresh ohlc_1d"
+        }  # fmt: skip
+
+
+async def test_compress_and_decompress_change_no_answer(store: Store) -> None:
+    start = (NOW - 40 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 3, timedelta(minutes=1))
+    span = ("AAA", start, start + 3 * DAY)
+    expected = [quote.to_dict() for quote in await store.quotes.get_quotes(*span, limit=10_000)]
+    level = store.database.capability.level
+    if level < Level.COMMUNITY:
+        answer = await store.maintain("compress", code=1)
+        assert answer["cannot"]
+        assert (await store.maintain("decompress", *between(start, start + DAY), code=1))["cannot"]
+        return
+    answer = await store.maintain("compress")
+    assert len(answer["done"]) == 3
+    assert all(row["ratio"] > 3 for row in answer["done"])
+    assert (await store.maintain("compress"))["done"] == []
+    look = await StorageRepository(store.database).look()
+    assert look.count("columnstore") == 3
+    assert look.ratio is not None
+    assert look.ratio > 3
+
+    # A late quote and a changed one make a chunk partial; compressing it again keeps both.
+    late = tick("AAA", start + timedelta(seconds=30), 7)
+    changed = tick("AAA", start, 8)
+    receipt = await store.quotes.bulk_insert([late, changed])
+    assert (receipt.inserted, receipt.updated) == (1, 1)
+    await store.execute(
+        f"DELETE FROM quotes.real_time WHERE symbol = 'AAA' AND timestamp = '{expected[5]['timestamp']}'"
+    )
+    assert (await StorageRepository(store.database).look()).count("partial") == 1
+    (again,) = (await store.maintain("compress"))["done"]
+    assert again["was"] == "partial"
+    expected = [quote for quote in expected if quote["timestamp"] != expected[5]["timestamp"]]
+    expected[0] |= {"price": Decimal(8), "bid": Decimal(8), "volume": 8}
+    expected.insert(1, {**expected[1], **late})
+    assert [quote.to_dict() for quote in await store.quotes.get_quotes(*span, limit=10_000)] == expected
+
+    answer = await store.maintain("decompress", *between(start, start + DAY))
+    assert len(answer["done"]) == 1
+    assert (await StorageRepository(store.database).look()).count("columnstore") == 2
+    assert [quote.to_dict() for quote in await store.quotes.get_quotes(*span, limit=10_000)] == expected
+
+
+async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store: Store) -> None:
+    level = store.database.capability.level
+    start = (NOW - 95 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 10)
+    await store.fill("GONE", start, 1)
+    bars = await store.quotes.get_bars("AAA", "1h", start, start + 10 * DAY, limit=1000)
+    assert len(bars) == 240
+
+    planned = await store.maintain("drop", "--dry-run")
+    assert planned["dry_run"]
+    assert (await store.quotes.get_symbols())[0].first == start
+    dropped = await store.maintain("drop")
+    cutoff = datetime.fromisoformat(dropped["older_than"])
+    assert start + 4 * DAY <= cutoff <= start + 6 * DAY
+    assert len(planned["done"]) == len(dropped["done"])
+    kept = await store.quotes.get_quotes("AAA", start, start + 10 * DAY, limit=10_000)
+    assert kept[0].timestamp == cutoff
+    assert dropped["symbols_without_quotes"] == 1
+    assert [(s.symbol, s.first) for s in await store.quotes.get_symbols()] == [("AAA", cutoff)]
+    if level >= Level.COMMUNITY:
+        assert all(row["bars_completed"] for row in dropped["done"])
+        for _ in range(2):
+            assert await store.quotes.get_bars("AAA", "1h", start, start + 10 * DAY, limit=1000) == bars
+            # No refresh, even a forced one of everything, takes a bar away.
+            await store.maintain("refresh", "--force", "--start", start.isoformat())
+    else:
+        assert dropped["cannot"]
+    assert (await store.maintain("drop"))["done"] == []
+
+
+async def test_a_remnant_of_a_dropped_chunk_takes_no_bar_away(store: Store) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("bars live with their quotes at this level")
+    start = (NOW - 95 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 2)
+    await store.maintain("drop")
+    bars = await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, limit=1000)
+    assert len(bars) == 48
+    await store.execute(f"INSERT INTO quotes.real_time (symbol, timestamp, price) VALUES ('AAA', '{start}', 1)")
+    (again,) = (await store.maintain("drop"))["done"]
+    assert not again["bars_completed"]
+    assert await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, limit=1000) == bars
+
+
+async def test_nothing_is_dropped_without_a_retention(store: Store) -> None:
+    await store.fill("AAA", (NOW - 100 * DAY).replace(hour=0), 1)
+    answer = await store.maintain("drop", environment={"QUOTES_RETENTION": "none"})
+    assert "none" in answer["kept"]
+    assert await store.quotes.count_quotes("AAA") == 144
+
+
+async def test_refresh_moves_the_watermarks(store: Store) -> None:
+    start = (NOW - 10 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 3)
+    answer = await store.maintain("refresh")
+    if store.database.capability.level < Level.COMMUNITY:
+        assert answer["done"] == []
+        assert answer["cannot"]
+        return
+    assert [row["rollup"] for row in answer["done"]] == ["ohlc_1m", "ohlc_1h", "ohlc_1d"]
+    look = await StorageRepository(store.database).look()
+    assert all(rollup.lag == timedelta(0) for rollup in look.rollups)
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        for _, window in await repository.refresh_windows(NOW, start - 1000 * DAY, None):
+            assert window.start >= NOW - 89 * DAY
+
+
+async def test_apply_brings_the_policies_in_line(store: Store) -> None:
+    level = store.database.capability.level
+    changed = {"QUOTES_RETENTION": "60 days", "QUOTES_COMPRESS_AFTER": "7 days", "QUOTES_CHUNK_INTERVAL": "12 hours"}
+    planned = await store.maintain("apply", "--dry-run", environment=changed)
+    answer = await store.maintain("apply", environment=changed)
+    assert planned["done"] == answer["done"]
+    settings = [row["setting"] for row in answer["done"]]
+    assert ("chunk interval" in settings) == (level >= Level.APACHE)
+    assert bool(answer["cannot"]) == (level < Level.COMMUNITY)
+    if level >= Level.COMMUNITY:
+        assert len(settings) == 6
+    assert (await store.maintain("apply", environment=changed))["done"] == []
+    unlimited = await store.maintain("apply", environment=changed | {"QUOTES_RETENTION": "none"})
+    back = await store.maintain("apply", environment=changed)
+    if level >= Level.COMMUNITY:
+        assert {"setting": "retention", "before": "60 days, 0:00:00", "after": None} in unlimited["done"]
+        assert {"setting": "retention", "before": None, "after": "60 days, 0:00:00"} in back["done"]
+    assert (await store.maintain("apply", environment=changed))["done"] == []
+
+
+async def test_reorder(store: Store) -> None:
+    start = (NOW - 5 * DAY).replace(hour=0)
+    await store.fill("BBB", start, 1)
+    await store.fill("AAA", start, 1)
+    if store.database.capability.level < Level.COMMUNITY:
+        assert "CLUSTER" in (await store.maintain("reorder", code=1))["cannot"][0]
+        return
+    answer = await store.maintain("reorder")
+    assert len(answer["done"]) == 1
+    async with store.database.dedicated() as connection:
+        assert await connection.fetchval("SELECT symbol FROM quotes.real_time LIMIT 1") == "AAA"
+
+
+async def test_storage_report_and_metrics(lane: Lane, client: httpx.AsyncClient, symbol: str) -> None:
+    await client.post("/v1/quotes", json=[{"symbol": symbol, "timestamp": NOW.isoformat(), "price": 1}])
+    answer = await client.get("/v1/storage", params={"limit": 1})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert set(body) == {"level", "postgresql", "timescaledb", "tables", "compression", "chunks", "rollups", "jobs"}
+    assert len(body["chunks"]["newest"]) <= 1
+    assert sum(body["chunks"]["by_state"].values()) == body["chunks"]["total"]
+    text = (await client.get("/metrics")).text
+    assert 'quotes_storage_bytes{state="rowstore"}' in text
+    assert 'timescaledb_hypertable_chunks{state="columnstore"}' in text
+    if body["level"] == "community":
+        assert 'timescaledb_cagg_watermark_lag_seconds{rollup="ohlc_1m"}' in text
+        assert 'timescaledb_job_schedule_interval_seconds{job="columnstore"}' in text
+    assert (await client.get("/v1/storage?limit=-1")).status_code == 400
+
+
+async def test_the_monitor_looks_by_itself_and_never_fails_the_service(lane: Lane) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one client at a time")
+    async with running(create_app(lane.make_settings(monitor_interval=timedelta(milliseconds=50)))) as client:
+        for _ in range(100):
+            text = (await client.get("/metrics")).text
+            if "quotes_monitor_up 1.0" in text:
+                break
+        assert "quotes_monitor_up 1.0" in text
+        assert (await client.get("/health/live")).status_code == 200
+
+
+async def test_on_the_embedded_database_stopped_and_running(shared_dir: Path) -> None:
+    data = shared_dir / "maintained"
+
+    def show() -> Result:
+        return CliRunner().invoke(cli.app, ["maintain", "show", "--data-dir", str(data), "--json"])
+
+    missing = await to_thread.run_sync(show)
+    assert missing.exit_code == 1
+    async with embedded_postgres(data) as url:
+        await migrate(url, Settings(_env_file=None))
+        while_running = await to_thread.run_sync(show)
+    stopped = await to_thread.run_sync(show)
+    for result in (while_running, stopped):
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["tables"][0]["name"] == "quotes.real_time"
+
+
+async def test_tables_for_people(store: Store) -> None:
+    await store.fill("AAA", (NOW - 40 * DAY).replace(hour=0), 1)
+    environment = {"QUOTES_DATABASE_URL": store.url, "QUOTES_POOL_SIZE": str(store.settings.pool_size)}
+    for verb in ("show", "refresh", "apply", "drop"):
+        result = await to_thread.run_sync(partial(CliRunner().invoke, cli.app, ["maintain", verb], env=environment))
+        assert result.exit_code == 0, result.output

@@ -12,14 +12,15 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
-from app.repository.quotes import QuoteRepository
+from app.model import Interval
+from app.repository.quotes import BarSpec, Page, QuoteRepository, Range
 from app.settings import Settings
 from benchmarks.target import fresh_database
 
@@ -33,15 +34,15 @@ SELECT 'SYM' || lpad(s::text, 2, '0'), at, 100 + n % 977 / 8.0, 100, 101, 5, 5, 
 FROM generate_series($1::timestamptz, $2::timestamptz - interval '90 seconds', interval '90 seconds')
      WITH ORDINALITY AS t (at, n), generate_series(0, 49) AS s
 """
-Read = Callable[[QuoteRepository, str, datetime], Awaitable[Any]]
+Read = Callable[[QuoteRepository, str, datetime], Awaitable[Page]]
 
 
-async def _range(quotes: QuoteRepository, symbol: str, at: datetime) -> Any:
-    return await quotes.get_quotes(symbol, at, at + 600 * STEP, limit=600)
+async def _range(quotes: QuoteRepository, symbol: str, at: datetime) -> Page:
+    return await quotes.quotes_page(Range([symbol], at, at + 600 * STEP, limit=600))
 
 
-async def _bars(quotes: QuoteRepository, symbol: str, at: datetime) -> Any:
-    return await quotes.get_bars(symbol, "1h", at, at + timedelta(days=5))
+async def _bars(quotes: QuoteRepository, symbol: str, at: datetime) -> Page:
+    return await quotes.bars_page(Range([symbol], at, at + timedelta(days=5)), BarSpec(Interval(1, "h")))
 
 
 READS: Final[dict[str, Read]] = {"range of 600": _range, "bars of 5 days by 1h": _bars}
@@ -90,7 +91,7 @@ async def measure(url: str, sizes: list[int], rounds: int, calls: int) -> None:
                         before = time.perf_counter()
                         found = await read(quotes, symbol, at)
                         times[rows].append(1000 * (time.perf_counter() - before))
-                        assert len(found) >= 100
+                        assert found.count >= 100
                 if turn:  # the first one fills caches
                     for rows in sizes:
                         p50[rows].append(statistics.median(times[rows]))

@@ -18,7 +18,7 @@ from tests.conftest import Lane, running
 COMMUNITY = Capability.of(("18.6", "2.29.2", "timescale"))
 APACHE = Capability.of(("18.6", "2.29.2", "apache"))
 PLAIN = Capability.of(("18.6", None, None))
-GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp"], 7, "0003", False)
+GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp"], 7, "0003")
 
 
 class Looking(SystemRepository):

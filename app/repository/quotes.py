@@ -555,7 +555,7 @@ class QuoteRepository:
         wanted = _range(symbols, start, end, limit, sort)
         argument = _Arguments()
         rows = await self._fetch(f"SELECT {_COLUMNS} FROM ({_quotes(wanted, argument)}) quotes", argument)
-        return [RealTimeQuote(**row) for row in rows[:limit]]
+        return [RealTimeQuote.of(row) for row in rows[:limit]]
 
     async def get_latest_quote(self, symbol: str) -> RealTimeQuote | None:
         """The newest quote of a symbol, None if it has none.
@@ -566,7 +566,7 @@ class QuoteRepository:
         """
         argument = _Arguments([normal_symbol(symbol)])
         rows = await self._fetch(f"SELECT {_COLUMNS} FROM quotes.latest WHERE symbol = $1", argument)
-        return RealTimeQuote(**rows[0]) if rows else None
+        return RealTimeQuote.of(rows[0]) if rows else None
 
     async def get_intraday_quotes(
         self, symbol: str, day: date, *, tz: str = "UTC", limit: int = 1_000_000

@@ -14,8 +14,7 @@ SELECT to_regclass('quotes.real_time') IS NOT NULL,
        (SELECT array_agg(a.attname::text ORDER BY k.n) FROM pg_index i
         CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, n)
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-        WHERE i.indrelid = to_regclass('quotes.real_time') AND i.indisprimary),
-       pg_is_in_recovery()
+        WHERE i.indrelid = to_regclass('quotes.real_time') AND i.indisprimary)
 """
 _HYPERTABLE: Final = """
 SELECT num_chunks FROM timescaledb_information.hypertables
@@ -36,7 +35,6 @@ class Observation:
     primary_key: list[str] | None
     chunks: int | None
     revision: str | None
-    in_recovery: bool
 
 
 class SystemRepository:
@@ -54,8 +52,8 @@ class SystemRepository:
         """
         async with self._database.dedicated(timeout) as connection:
             capability = Capability.of(await connection.fetchrow(DETECT) or ())
-            exists, key, in_recovery = await connection.fetchrow(_TABLE) or (False, None, False)
+            exists, key = await connection.fetchrow(_TABLE) or (False, None)
             chunks = await connection.fetchval(_HYPERTABLE) if exists and capability.timescaledb else None
             migrated = await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL")
             revision = await connection.fetchval(_REVISION) if migrated else None
-        return Observation(capability, exists, key, chunks, revision, in_recovery)
+        return Observation(capability, exists, key, chunks, revision)

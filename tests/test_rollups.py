@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.repository.rollups import RAW, ROLLUPS, cut
+from app.repository.rollups import RAW, ROLLUPS, cut, stretches
 
 DAY = datetime(2026, 11, 16, tzinfo=UTC)
 WIDTHS = {**dict(ROLLUPS), RAW: timedelta(microseconds=1)}
@@ -54,3 +54,26 @@ def test_a_late_quote_costs_its_minute() -> None:
         "ohlc_1d", "ohlc_1h", "ohlc_1m", RAW, "ohlc_1m", "ohlc_1h", "ohlc_1d",
     ]  # fmt: skip
     assert found[3].end - found[3].start == timedelta(minutes=1)
+
+
+class Catalog:
+    """A connection whose catalog calls every rollup invalid from ever to ever, as before the first refresh."""
+
+    async def fetch(self, _statement: str, first: int, last: int) -> list[tuple[str, int, int]]:
+        assert first < last
+        return [(name, -(2**63), 2**63 - 1) for name, _ in ROLLUPS]
+
+
+async def test_below_the_floor_only_rollups_are_read() -> None:
+    start, end = DAY - timedelta(days=30), DAY
+    floor = DAY - timedelta(days=9, hours=5, minutes=1)
+    for source, _ in ROLLUPS:
+        found = await stretches(Catalog(), source, start, end, floor)  # type: ignore[arg-type]
+        assert [(part.source, part.start, part.end) for part in found] == [
+            (source, start, DAY - timedelta(days=9)),
+            (RAW, DAY - timedelta(days=9), end),
+        ]
+        (below,) = await stretches(Catalog(), source, start, floor - timedelta(days=2), floor)  # type: ignore[arg-type]
+        assert below.source == source
+        (whole,) = await stretches(Catalog(), source, start, end, None)  # type: ignore[arg-type]
+        assert whole.source == RAW

@@ -60,8 +60,11 @@ class Stretch:
 async def stretches(
     connection: Connection, source: str, start: datetime, end: datetime, floor: datetime | None
 ) -> list[Stretch]:
-    """Cut [`start`, `end`) (aware) into stretches, read from `source` wherever it is up to date."""
-    lowest = start if floor is None else max(start, floor)
+    """Cut [`start`, `end`) (aware) into stretches, read from `source` wherever it is up to date.
+
+    `floor` is raised to a midnight, so that no bucket that is read from below it reaches above it.
+    """
+    lowest = start if floor is None else max(start, floor + (_EPOCH - floor) % ROLLUPS[0][1])
     if lowest >= end:
         return [Stretch(source, start, end)]
     rows = await connection.fetch(_INVALID, (lowest - _EPOCH) // _MICROSECOND, (end - _EPOCH) // _MICROSECOND)

@@ -151,3 +151,15 @@ def test_capability_levels() -> None:
     assert Capability.of(("18.6", "2.29.2", "apache")).level == Level.APACHE
     assert Capability.of(("18.6", "2.29.2", "timescale")).level == Level.COMMUNITY
     assert str(Level.APACHE) == "apache"
+
+
+def test_a_fetched_row_is_a_quote_before_any_other_was_made() -> None:
+    """In an interpreter of its own: the first use of the model completes its mapping only by the constructor."""
+    script = (
+        "from app.db.models import RealTimeQuote\n"
+        "from app.model import SCHEMA\n"
+        "row = dict.fromkeys(SCHEMA.names)\n"
+        "quote = RealTimeQuote.of(row)\n"
+        "assert quote.symbol is None and quote.to_dict() == row\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -46,3 +46,7 @@ class RealTimeQuote(Base):
 
     def __repr__(self) -> str:
         return f"RealTimeQuote({self.symbol!r}, {self.timestamp.isoformat()}, {self.price})"
+
+
+# The constructor would complete the mapping on first use, but `of` goes without it.
+Base.registry.configure()

@@ -33,6 +33,7 @@ from app.db import migrate as schema
 from app.db.engine import Database
 from app.errors import QuotesError
 from app.health import Health, Report
+from app.maintain import DataDir, Json
 from app.model import OnConflict
 from app.repository.system import SystemRepository
 from app.settings import Settings
@@ -51,9 +52,6 @@ app = typer.Typer(
 )
 app.add_typer(maintain.app, name="maintain")
 errors = Console(stderr=True)
-
-DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 def main() -> None:
@@ -92,11 +90,7 @@ def serve(
     settings = _settings(host=host, port=port, data_dir=data_dir)
     logs.configure(settings)
     with ExitStack() as stack:
-        environment = {
-            f"QUOTES_{name.upper()}": str(getattr(settings, name))
-            for name in ("data_dir",)
-            if getattr(settings, name) is not None
-        }
+        environment = {} if settings.data_dir is None else {"QUOTES_DATA_DIR": str(settings.data_dir)}
         if workers > 1:
             environment |= stack.enter_context(_shared(settings))
         # The server imports the application by name, in each of its processes.

@@ -414,12 +414,11 @@ class QuoteRepository:
     async def _copy(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError] | None:
         """All rows at once, for the usual case that all are new; None if some key is stored or repeated."""
         rows = [w.batch.rows for w in writes if len(w.batch)]
-        if not rows:
-            return [Receipt.of(w.batch, inserted=0, updated=0, unchanged=0) for w in writes]
         try:
-            await connection.copy_to_table(
-                "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
-            )
+            if rows:
+                await connection.copy_to_table(
+                    "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
+                )
         except asyncpg.UniqueViolationError:
             await connection.execute("ROLLBACK TO SAVEPOINT fresh")
             return None

@@ -48,9 +48,11 @@ SCHEMA: Final = pa.schema(
         ("source", pa.string()),
     ]
 )
+#: The resolution of a timestamp.
+TICK: Final = timedelta(microseconds=1)
 _PRICES: Final = ("price", "bid", "ask")
 _SIZES: Final = ("bid_size", "ask_size", "volume")
-_TICK: Final = Decimal("0.00000001")
+_PRICE_TICK: Final = Decimal("0.00000001")
 _PRICE_LIMIT: Final = Decimal(10) ** 12
 _ZERO: Final = pa.scalar(Decimal(0), pa.decimal128(20, 8))
 _HALF: Final = pa.scalar(Decimal("0.5"), pa.decimal128(2, 1))
@@ -307,7 +309,7 @@ class _Builder:
                     self._refuse(keep[position], name, "price-out-of-range", "A price is below 10^12.")
                     fitted = None
                 else:
-                    fitted = value.quantize(_TICK, rounding=ROUND_HALF_UP)
+                    fitted = value.quantize(_PRICE_TICK, rounding=ROUND_HALF_UP)
                     self.rounded += fitted != value
                     if fitted >= _PRICE_LIMIT:
                         self._refuse(keep[position], name, "price-out-of-range", "A price is below 10^12.")

@@ -18,7 +18,7 @@ import structlog
 from app import metrics
 from app.errors import Overloaded, QuotesError, ServiceStopping
 from app.model import Receipt
-from app.repository.quotes import Write
+from app.repository.ingest import Write
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)

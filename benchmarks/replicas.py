@@ -28,7 +28,8 @@ from app.db.migrate import migrate
 from app.db.replicas import ReplicatedDatabase
 from app.errors import QuotesError
 from app.model import Batch, Receipt
-from app.repository.quotes import QuoteRepository, Write
+from app.repository.ingest import Write
+from app.repository.quotes import QuoteRepository
 from app.settings import Settings
 
 SYMBOLS = [f"BENCH{i:02}" for i in range(50)]

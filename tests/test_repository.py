@@ -28,7 +28,8 @@ from app.errors import (
     QuotesError,
 )
 from app.model import Batch, Interval, OnConflict, Receipt
-from app.repository.quotes import BarPrice, BarSpec, Position, QuoteRepository, Range, Sort, Write, day_bounds
+from app.repository.ingest import Write
+from app.repository.quotes import BarPrice, BarSpec, Position, QuoteRepository, Range, Sort, day_bounds
 from tests.conftest import Lane, random_symbol
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday
@@ -580,7 +581,7 @@ async def test_write_reports_a_dead_database(quotes: QuoteRepository, lane: Any)
 
 
 async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    update_latest = quotes._update_latest
+    update_latest = quotes._ingest._update_latest
     failures = 2
 
     async def unlucky(connection: Any, stored_: Any) -> None:
@@ -590,7 +591,7 @@ async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, m
             await connection.execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40P01'; END $$")
         await update_latest(connection, stored_)
 
-    monkeypatch.setattr(quotes, "_update_latest", unlucky)
+    monkeypatch.setattr(quotes._ingest, "_update_latest", unlucky)
     assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1
     assert len(await stored(quotes, symbol)) == 1
     failures = 3
@@ -603,13 +604,13 @@ async def test_a_deadlock_is_tried_again(quotes: QuoteRepository, symbol: str, m
 async def test_a_connection_that_breaks_while_committing_is_told(
     lane: Lane, quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update_latest = quotes._update_latest
+    update_latest = quotes._ingest._update_latest
 
     async def cut(connection: Any, stored_: Any) -> None:
         await update_latest(connection, stored_)
         await _terminate(lane, connection)
 
-    monkeypatch.setattr(quotes, "_update_latest", cut)
+    monkeypatch.setattr(quotes._ingest, "_update_latest", cut)
     with pytest.raises(OutcomeUnknown):
         await quotes.bulk_insert([quote(symbol, 0)])
     monkeypatch.undo()

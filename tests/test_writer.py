@@ -9,7 +9,7 @@ import pytest
 
 from app.errors import Conflict, DatabaseUnavailable, Overloaded, QuotesError, ServiceStopping
 from app.model import Batch, Receipt
-from app.repository.quotes import Write
+from app.repository.ingest import Write
 from app.settings import Settings
 from app.writer import Writer
 

@@ -35,7 +35,8 @@ from app.api.deps import (
 from app.api.problems import responses
 from app.errors import InvalidQuotes, InvalidRequest, QuotesError
 from app.model import OnConflict, OnError, Quote, Receipt, normal_symbol
-from app.repository.quotes import Range, Sort, Write, day_bounds, zone
+from app.repository.ingest import Write
+from app.repository.quotes import Range, Sort, day_bounds, zone
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 

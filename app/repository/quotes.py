@@ -1,8 +1,7 @@
-"""The store's repository: every statement about quotes and bars.
+"""The store's repository: every statement that reads quotes and bars, and the way to those that write.
 
-Invariant: what `write` returned a receipt for is committed, and `quotes.latest` agrees with `quotes.real_time`
-in every snapshot, because both change in one transaction. A read never takes more locks than the chunks of its
-time range, because every statement carries that range as constants.
+Invariant: a read never takes more locks than the chunks of its time range, because every statement carries that
+range as constants.
 
 As a library, without HTTP:
 
@@ -15,26 +14,22 @@ As a library, without HTTP:
 
 import copy
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import asyncpg
-import pyarrow as pa
-import pyarrow.compute as pc
-from pgpq import ArrowToPostgresBinaryEncoder
-
 from app.db.capability import Level
-from app.db.engine import Connection, Database, T, Work, connection_lost
+from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
 from app.db.replicas import database_of
-from app.errors import Conflict, InvalidRequest, OutcomeUnknown, QuotesError, Rejection
+from app.errors import InvalidRequest, QuotesError
 from app.model import (
     SCHEMA,
+    TICK,
     Batch,
     Consistency,
     Interval,
@@ -46,14 +41,13 @@ from app.model import (
     rfc3339,
 )
 from app.repository import rollups
+from app.repository.ingest import Ingest, Write
 from app.settings import Settings
 
 Sort = Literal["asc", "desc"]
 BarPrice = Literal["last", "bid", "ask", "mid"]
 Fill = Literal["none", "null", "previous"]
-_Result = TypeVar("_Result")
 
-_TICK: Final = timedelta(microseconds=1)
 _DAY_SECONDS: Final = 86_400
 _MOST_FILLED: Final = 100_000
 _LONG_DAY: Final = timedelta(hours=3)  # more than any day is longer than 24 hours
@@ -61,45 +55,6 @@ _ATTEMPTS: Final = 3
 _LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
 _VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
 _COLUMNS: Final = ", ".join(SCHEMA.names)
-
-# --- writing -------------------------------------------------------------------------------------------------
-
-_FROM_ARRAYS: Final = f"""
-INSERT INTO quotes.real_time AS stored ({_COLUMNS})
-SELECT symbol, timestamp, price::numeric, bid::numeric, ask::numeric, bid_size, ask_size, volume, source
-FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[],
-            $6::bigint[], $7::bigint[], $8::bigint[], $9::text[]) AS new ({_COLUMNS})
-ON CONFLICT (symbol, timestamp) DO
-"""
-_MERGE: Final = f"""
-WITH written AS (
-    {_FROM_ARRAYS} UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _VALUES)}
-    WHERE ({", ".join(f"stored.{c}" for c in _VALUES)}) IS DISTINCT FROM ({", ".join(f"excluded.{c}" for c in _VALUES)})
-    RETURNING xmax = 0 AS inserted)
-SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
-"""
-_DELETE: Final = "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
-_ADD: Final = f"{_FROM_ARRAYS} NOTHING RETURNING symbol, timestamp"
-
-# The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
-# that writers who touch the same symbols queue up instead of deadlocking.
-_LATEST: Final = f"""
-INSERT INTO quotes.latest AS held (symbol, first_timestamp, timestamp, {", ".join(_VALUES)})
-SELECT row.symbol, ends.first, row.timestamp, {", ".join(f"row.{c}" for c in _VALUES)}
-FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS ends (symbol, first, last)
-JOIN quotes.real_time row ON row.symbol = ends.symbol AND row.timestamp = ends.last
-WHERE row.timestamp >= $4 AND row.timestamp <= $5
-ORDER BY row.symbol
-ON CONFLICT (symbol) DO UPDATE
-SET first_timestamp = least(held.first_timestamp, excluded.first_timestamp),
-    timestamp = greatest(held.timestamp, excluded.timestamp),
-    {
-    ", ".join(
-        f"{c} = CASE WHEN excluded.timestamp >= held.timestamp THEN excluded.{c} ELSE held.{c} END" for c in _VALUES
-    )
-}
-WHERE excluded.timestamp >= held.timestamp OR excluded.first_timestamp < held.first_timestamp
-"""
 
 # --- reading -------------------------------------------------------------------------------------------------
 
@@ -262,16 +217,6 @@ class SymbolSpan:
     last: datetime
 
 
-@dataclass(slots=True)
-class Write:
-    """One request to write: a batch, and what to do with keys that are stored already."""
-
-    batch: Batch
-    on_conflict: OnConflict = "update"
-    on_error: OnError = "abort"
-    pointer: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class _Span:
     """The part of a range that is still wanted of one symbol, and how many rows at most."""
@@ -300,7 +245,7 @@ class QuoteRepository:
         self._database = database
         self._settings = settings
         self._consistency: Consistency = "eventual"
-        self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
+        self._ingest = Ingest(database, settings)
 
     @classmethod
     @asynccontextmanager
@@ -362,93 +307,8 @@ class QuoteRepository:
         )
 
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
-        """Store several requests in one transaction; the result of each, in order.
-
-        A request that cannot be stored gets its error and harms no other one.
-
-        Raises:
-            DatabaseUnavailable: nothing of any request was stored.
-            OutcomeUnknown: the connection broke while committing.
-        """
-
-        async def store(connection: Connection) -> list[Receipt | QuotesError]:
-            results = await self._copy(connection, writes)
-            if results is None:
-                results = [await self._merge(connection, write) for write in writes]
-            stored = [w.batch.rows for w, r in zip(writes, results, strict=True) if isinstance(r, Receipt)]
-            await self._update_latest(connection, stored)
-            return results
-
-        return await self._transaction(store)
-
-    async def _transaction(self, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
-        """Do `work` in a transaction, again if it fell victim to a deadlock, in which case nothing of it was done."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            async with self._database.acquire() as connection:
-                try:
-                    return await self._attempt(connection, work)
-                except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
-                    if attempt == _ATTEMPTS:
-                        raise
-        raise AssertionError("unreachable")
-
-    async def _attempt(self, connection: Connection, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
-        # One message: three round trips less a flush.
-        await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
-        try:
-            result = await work(connection)
-        except BaseException:
-            if not connection.is_closed():
-                await connection.execute("ROLLBACK")
-            raise
-        try:
-            await connection.execute("COMMIT")
-        except Exception as error:
-            if connection_lost(error):
-                raise OutcomeUnknown(
-                    "The connection broke while committing; sending the same again is harmless."
-                ) from error
-            raise
-        return result
-
-    async def _copy(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError] | None:
-        """All rows at once, for the usual case that all are new; None if some key is stored or repeated."""
-        rows = [w.batch.rows for w in writes if len(w.batch)]
-        try:
-            if rows:
-                await connection.copy_to_table(
-                    "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
-                )
-        except asyncpg.UniqueViolationError:
-            await connection.execute("ROLLBACK TO SAVEPOINT fresh")
-            return None
-        return [Receipt.of(w.batch, inserted=len(w.batch), updated=0, unchanged=0) for w in writes]
-
-    async def _merge(self, connection: Connection, write: Write) -> Receipt | QuotesError:
-        """One request row by row against what is stored, in a savepoint of its own."""
-        batch = write.batch
-        arrays = [
-            (column.cast(pa.string()) if pa.types.is_decimal(column.type) else column).to_pylist()
-            for column in batch.rows.columns
-        ]
-        await connection.execute("SAVEPOINT request")
-        if write.on_conflict == "update":
-            inserted, updated = await connection.fetchrow(_MERGE, *arrays) or (0, 0)
-            return Receipt.of(batch, inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
-        added = {(row[0], row[1]) for row in await connection.fetch(_ADD, *arrays)}
-        missed = len(batch) - len(added)
-        if write.on_conflict == "ignore" or not missed:
-            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=missed)
-        keys = zip(arrays[0], arrays[1], batch.index.to_pylist(), strict=True)
-        conflicts = sorted(index for symbol, timestamp, index in keys if (symbol, timestamp) not in added)
-        rejections = [
-            Rejection(i, f"{write.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
-            for i in conflicts
-        ]
-        if write.on_error == "skip":
-            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=0, conflicts=rejections)
-        await connection.execute("ROLLBACK TO SAVEPOINT request")
-        return Conflict(rejections, batch.received)
+        """Store several requests in one transaction, as `Ingest.write`."""
+        return await self._ingest.write(writes)
 
     async def delete_quotes(self, symbol: str, start: datetime, end: datetime) -> int:
         """Delete a symbol's quotes with `start <= timestamp < end` (aware); how many they were.
@@ -463,75 +323,7 @@ class QuoteRepository:
             OutcomeUnknown: the connection broke while committing.
         """
         name, (wanted, *_) = normal_symbol(symbol), _spans(_range(symbol, start, end, 1, "asc"))
-
-        async def delete(connection: Connection) -> int:
-            done: str = await connection.execute(_DELETE, name, wanted.start, wanted.stop)
-            await self._mend_latest(connection, wanted)
-            return int(done.removeprefix("DELETE "))
-
-        return await self._transaction(delete)
-
-    async def _mend_latest(self, connection: Connection, deleted: _Span) -> None:
-        """Bring a symbol's row of `quotes.latest` in line after a part of its quotes was deleted."""
-        # Writers lock the row after their quotes, as this does: neither waits for the other in a circle.
-        held = await connection.fetchrow(
-            "SELECT first_timestamp, timestamp FROM quotes.latest WHERE symbol = $1 FOR UPDATE", deleted.symbol
-        )
-        if held is None:
-            return
-        first, last = held
-        if deleted.start <= last < deleted.stop:
-            last = await self._outermost(connection, deleted, first, last, "max")
-        if deleted.start <= first < deleted.stop and last is not None:
-            first = await self._outermost(connection, deleted, first, last, "min")
-        await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", deleted.symbol)
-        if last is not None:
-            await connection.execute(_LATEST, [deleted.symbol], [first], [last], last, last)
-
-    async def _outermost(
-        self, connection: Connection, deleted: _Span, first: datetime, last: datetime, end: Literal["min", "max"]
-    ) -> datetime | None:
-        """The time of a symbol's oldest or newest quote that is left in [`first`, `last`].
-
-        Searched away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of
-        a few chunks and not of two years.
-        """
-        low, high = deleted.start, deleted.stop
-        step = self._settings.chunk_interval
-        while True:
-            found: datetime | None = await connection.fetchval(
-                f"SELECT {end}(timestamp) FROM quotes.real_time"
-                " WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3",
-                deleted.symbol, low, high,
-            )  # fmt: skip
-            if found is not None:
-                return found
-            if end == "max":
-                if low <= first:
-                    return None
-                low, high = max(low - step, first), low
-            else:
-                if high > last:
-                    return None
-                low, high = high, min(high + step, last + _TICK)
-            step *= 2
-
-    async def _update_latest(self, connection: Connection, stored: Sequence[pa.RecordBatch]) -> None:
-        """Bring `quotes.latest` up to what was just stored."""
-        keys = pa.Table.from_batches([rows.select(["symbol", "timestamp"]) for rows in stored], schema=_KEYS)
-        if not len(keys):
-            return
-        ends = keys.group_by("symbol").aggregate([("timestamp", "min"), ("timestamp", "max")]).sort_by("symbol")
-        last = ends.column("timestamp_max")
-        bounds = pc.min_max(last).as_py()
-        await connection.execute(
-            _LATEST,
-            ends.column("symbol").to_pylist(),
-            ends.column("timestamp_min").to_pylist(),
-            last.to_pylist(),
-            bounds["min"],
-            bounds["max"],
-        )
+        return await self._ingest.delete(name, wanted.start, wanted.stop)
 
     # --- reading: objects ---
 
@@ -775,22 +567,6 @@ class QuoteRepository:
         return await self._database.read(work, self._consistency)
 
 
-_KEYS: Final = pa.schema([SCHEMA.field("symbol"), SCHEMA.field("timestamp")])
-
-
-async def _encode(rows: Sequence[pa.RecordBatch]) -> AsyncIterator[bytes]:
-    """PostgreSQL's binary COPY format of the rows, by key: concurrent flushes then lock keys in one order."""
-    encoder = ArrowToPostgresBinaryEncoder(SCHEMA)
-    yield encoder.write_header()
-    if len(rows) == 1:
-        yield encoder.write_batch(rows[0])
-    else:
-        table = pa.Table.from_batches(rows).sort_by([("symbol", "ascending"), ("timestamp", "ascending")])
-        for batch in table.combine_chunks().to_batches():
-            yield encoder.write_batch(batch)
-    yield encoder.finish()
-
-
 async def _page(connection: Connection, relation: str, row: str, wanted: Range, argument: _Arguments) -> Page:
     """A page of a relation of rows, each as the text of a JSON object."""
     # The position is read from the last row's own text: a window function for it doubled the query's time.
@@ -929,7 +705,7 @@ def _spans(wanted: Range) -> list[_Span]:
         return [_Span(symbol, wanted.start, wanted.end, rows) for symbol in sorted(set(wanted.symbols))]
     left = rows if wanted.limit_per_symbol is None else min(wanted.limit_per_symbol - after.given, most)
     if wanted.sort == "asc":
-        current = _Span(after.symbol, after.timestamp + _TICK, wanted.end, left)
+        current = _Span(after.symbol, after.timestamp + TICK, wanted.end, left)
     else:
         current = _Span(after.symbol, wanted.start, after.timestamp, left)
     later = sorted({symbol for symbol in wanted.symbols if symbol > after.symbol})

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
+from app.batch import Batch
 from app.db.embedded import _Cluster
 from app.db.migrate import migrate
 from app.db.replicas import ReplicatedDatabase
 from app.errors import QuotesError
-from app.model import Batch, Receipt
+from app.model import Receipt, Terms
 from app.repository.ingest import Write
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
@@ -86,7 +87,7 @@ class Load:
             price = 100 + random.randint(0, 10_000) / 100
             rows += [{"symbol": s, "timestamp": moment, "price": price, "volume": 100} for s in SYMBOLS]
         self.ticks += ROWS // len(SYMBOLS)
-        return Batch.from_rows(rows, self.quotes.limits(), on_error="abort", on_conflict="update")
+        return Batch.from_rows(rows, Terms(self.quotes.limits()))
 
     async def write(self, batch: Batch) -> None:
         """Store a batch in a transaction of its own."""

@@ -23,10 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import load
+from app.batch import Batch
 from app.client import Client
 from app.errors import InvalidRequest
 from app.load import Converter, LoadOptions, LoadReport, column_map, match_columns
-from app.model import Batch, Limits, Receipt
+from app.model import Limits, Receipt, Terms
 
 DAILY = ",Open,High,Low,Close,Adj Close,Volume\n2004-08-19,100,104.06,95.96,100.340,50.1,22351900.0\n"
 
@@ -44,7 +45,7 @@ class Store:
         self.requests.append(rows)
         await asyncio.sleep(self.delay(len(self.requests)))
         params = request.url.params
-        batch = Batch.from_rows(rows, Limits.at(datetime.now(UTC), max_rows=100_000), on_error=params["on_error"])  # type: ignore[arg-type]
+        batch = Batch.from_rows(rows, Terms(Limits.at(datetime.now(UTC), max_rows=100_000), params["on_error"]))  # type: ignore[arg-type]
         inserted = updated = 0
         for row in batch.rows.to_pylist():
             key = (row["symbol"], row["timestamp"])

@@ -1,5 +1,6 @@
 """The rules of a quote and the grammar of an interval."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.batch import Batch
 from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest
-from app.model import Batch, Interval, Limits, normal_symbol, rfc3339
+from app.model import Interval, Limits, Terms, normal_symbol, rfc3339
 
 NOW = datetime(2026, 11, 20, 15, tzinfo=UTC)
-LIMITS = Limits.at(NOW)
+TERMS = Terms(Limits.at(NOW))
 GOOD: dict[str, Any] = {"symbol": "AAPL", "timestamp": "2026-11-20T14:30:00Z", "price": Decimal("189.98")}
 
 
@@ -21,7 +23,7 @@ def refused(**fields: Any) -> tuple[str, str]:
     row = {**GOOD, **fields}
     other = {**GOOD, "symbol": "MSFT"}
     with pytest.raises(InvalidQuotes) as caught:
-        Batch.from_rows([other, row, {**other, "symbol": "IBM"}], LIMITS)
+        Batch.from_rows([other, row, {**other, "symbol": "IBM"}], TERMS)
     (rejection,) = caught.value.rejections
     assert rejection.index == 1
     return rejection.pointer, rejection.code
@@ -83,7 +85,7 @@ def test_a_bad_row_is_named(fields: dict[str, Any], pointer: str, code: str) -> 
 @pytest.mark.parametrize("row", [None, 3, "text", ["symbol"], b"{"])
 def test_a_row_that_is_no_object_is_named(row: Any) -> None:
     with pytest.raises(InvalidQuotes) as caught:
-        Batch.from_rows([GOOD, row], LIMITS)
+        Batch.from_rows([GOOD, row], TERMS)
     (rejection,) = caught.value.rejections
     assert (rejection.pointer, rejection.code) == ("/1", "not-an-object")
 
@@ -92,7 +94,7 @@ def test_a_row_that_is_no_object_is_named(row: Any) -> None:
 def test_a_missing_field_is_named(name: str) -> None:
     row = {k: v for k, v in GOOD.items() if k != name}
     with pytest.raises(InvalidQuotes) as caught:
-        Batch.from_rows([row], LIMITS, pointer="/quotes")
+        Batch.from_rows([row], TERMS, pointer="/quotes")
     (rejection,) = caught.value.rejections
     assert (rejection.pointer, rejection.code) == (f"/quotes/0/{name}", "field-missing")
 
@@ -105,7 +107,7 @@ def test_skip_keeps_the_good_rows_and_accounts_for_all() -> None:
         {**GOOD, "symbol": "IBM"},
         {**GOOD, "symbol": "IBM", "price": 2},
     ]
-    batch = Batch.from_rows(rows, LIMITS, on_error="skip")
+    batch = Batch.from_rows(rows, replace(TERMS, on_error="skip"))
     assert [r.index for r in batch.rejected] == [1, 2]
     assert batch.index.to_pylist() == [0, 4]
     assert batch.superseded == 1
@@ -114,7 +116,7 @@ def test_skip_keeps_the_good_rows_and_accounts_for_all() -> None:
 
 def test_values_are_kept_exactly() -> None:
     batch = Batch.from_rows(
-        [{**GOOD, "symbol": "btc-usd", "price": "123456789012.12345678", "volume": 2**63 - 1, "source": "é"}], LIMITS
+        [{**GOOD, "symbol": "btc-usd", "price": "123456789012.12345678", "volume": 2**63 - 1, "source": "é"}], TERMS
     )
     (row,) = batch.rows.to_pylist()
     assert row["symbol"] == "BTC-USD"
@@ -124,13 +126,13 @@ def test_values_are_kept_exactly() -> None:
 
 
 def test_offsets_become_utc_and_nanoseconds_are_cut() -> None:
-    batch = Batch.from_rows([{**GOOD, "timestamp": "2026-11-20T09:30:00.123456789-05:00"}], LIMITS)
+    batch = Batch.from_rows([{**GOOD, "timestamp": "2026-11-20T09:30:00.123456789-05:00"}], TERMS)
     assert batch.rows["timestamp"][0].as_py() == datetime(2026, 11, 20, 14, 30, 0, 123456, tzinfo=UTC)
 
 
 def test_prices_round_half_up_and_are_counted() -> None:
     rows = [{**GOOD, "price": "1.000000005"}, {**GOOD, "symbol": "B", "price": "1.000000004"}]
-    batch = Batch.from_rows(rows, LIMITS)
+    batch = Batch.from_rows(rows, TERMS)
     assert [str(price) for price in batch.rows["price"].to_pylist()] == ["1.00000001", "1.00000000"]
     assert batch.rounded == 2
 
@@ -138,35 +140,35 @@ def test_prices_round_half_up_and_are_counted() -> None:
 def test_a_quote_without_price_gets_the_mid() -> None:
     rows = [{**GOOD, "price": None, "bid": "1.00000001", "ask": "1.00000002"}, {**GOOD, "symbol": "B"}]
     del rows[0]["price"]
-    batch = Batch.from_rows(rows, LIMITS)
+    batch = Batch.from_rows(rows, TERMS)
     assert batch.rows["price"].to_pylist() == [Decimal("1.00000002"), Decimal("189.98")]
 
 
 def test_crossed_quotes_are_stored_and_counted() -> None:
-    batch = Batch.from_rows([{**GOOD, "bid": 2, "ask": 1}, {**GOOD, "symbol": "B", "bid": 1, "ask": 1}], LIMITS)
+    batch = Batch.from_rows([{**GOOD, "bid": 2, "ask": 1}, {**GOOD, "symbol": "B", "bid": 1, "ask": 1}], TERMS)
     assert (len(batch), batch.crossed) == (2, 1)
 
 
 def test_equal_keys_in_one_batch() -> None:
     rows = [{**GOOD, "price": p, "symbol": s} for p, s in ((1, "a"), (2, "A"), (3, "B"), (4, "a"))]
-    last = Batch.from_rows(rows, LIMITS)
+    last = Batch.from_rows(rows, TERMS)
     assert (last.rows["price"].to_pylist(), last.superseded) == ([4, 3], 2)
-    first = Batch.from_rows(rows, LIMITS, on_conflict="ignore")
+    first = Batch.from_rows(rows, replace(TERMS, on_conflict="ignore"))
     assert (first.rows["price"].to_pylist(), first.superseded) == ([1, 3], 2)
     with pytest.raises(InvalidQuotes) as caught:
-        Batch.from_rows(rows, LIMITS, on_conflict="error")
+        Batch.from_rows(rows, replace(TERMS, on_conflict="error"))
     assert [(r.index, r.code) for r in caught.value.rejections] == [(1, "duplicate-key"), (3, "duplicate-key")]
 
 
 def test_limits_of_a_batch() -> None:
     with pytest.raises(InvalidRequest, match="no quotes"):
-        Batch.from_rows([], LIMITS)
+        Batch.from_rows([], TERMS)
     with pytest.raises(BodyTooLarge, match="at most 1 "):
-        Batch.from_rows([GOOD, GOOD], Limits(max_rows=1))
+        Batch.from_rows([GOOD, GOOD], Terms(Limits(max_rows=1)))
     days = [{**GOOD, "timestamp": datetime(2025, 1, 1, tzinfo=UTC) + timedelta(days=i)} for i in range(11)]
-    assert len(Batch.from_rows(days[:10], Limits(max_days=10))) == 10
+    assert len(Batch.from_rows(days[:10], Terms(Limits(max_days=10)))) == 10
     with pytest.raises(InvalidRequest, match="11 distinct days"):
-        Batch.from_rows(days, Limits(max_days=10))
+        Batch.from_rows(days, Terms(Limits(max_days=10)))
 
 
 def test_rows_that_retention_would_drop_are_refused() -> None:
@@ -174,9 +176,9 @@ def test_rows_that_retention_would_drop_are_refused() -> None:
     assert limits.oldest == NOW - timedelta(days=8)
     old = {**GOOD, "timestamp": NOW - timedelta(days=8, microseconds=1)}
     with pytest.raises(InvalidQuotes) as caught:
-        Batch.from_rows([old], limits)
+        Batch.from_rows([old], Terms(limits))
     assert caught.value.rejections[0].code == "timestamp-too-old"
-    assert len(Batch.from_rows([{**old, "timestamp": limits.oldest}], limits)) == 1
+    assert len(Batch.from_rows([{**old, "timestamp": limits.oldest}], Terms(limits))) == 1
 
 
 @given(
@@ -192,7 +194,7 @@ def test_a_batch_is_what_a_dict_would_hold(rows: list[tuple[str, int, int]]) -> 
         {"symbol": s, "timestamp": start + timedelta(microseconds=t), "price": Decimal(p).scaleb(-8)}
         for s, t, p in rows
     ]
-    batch = Batch.from_rows(quotes, LIMITS)
+    batch = Batch.from_rows(quotes, TERMS)
     model = {(q["symbol"].upper(), q["timestamp"]): q["price"] for q in quotes}  # type: ignore[attr-defined]
     found = {(r["symbol"], r["timestamp"]): r["price"] for r in batch.rows.to_pylist()}
     assert found == model
@@ -249,7 +251,7 @@ def test_every_form_of_an_instant_means_the_same(moment: datetime, form: str) ->
         "short": (utc - timedelta(hours=3)).isoformat() + "-0300",
         "nano": utc.isoformat(timespec="microseconds") + "789Z",
     }[form]
-    batch = Batch.from_rows([{**GOOD, "timestamp": text}], LIMITS)
+    batch = Batch.from_rows([{**GOOD, "timestamp": text}], TERMS)
     assert batch.rows["timestamp"][0].as_py() == utc.replace(tzinfo=UTC)
 
 

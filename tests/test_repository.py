@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from app.batch import Batch
 from app.db.engine import Database
 from app.errors import (
     Conflict,
@@ -27,7 +28,7 @@ from app.errors import (
     QueryTimeout,
     QuotesError,
 )
-from app.model import Batch, Interval, OnConflict, Receipt
+from app.model import Interval, OnConflict, Receipt, Terms
 from app.repository.ingest import Write
 from app.repository.quotes import BarPrice, BarSpec, Position, QuoteRepository, Range, Sort, day_bounds
 from tests.conftest import Lane, random_symbol
@@ -93,7 +94,7 @@ async def test_a_flush_of_many_requests_gives_each_its_own_receipt(quotes: Quote
     await quotes.bulk_insert([quote(symbol, 0), quote(symbol, 1)])
 
     def write(rows: list[dict[str, Any]], on_conflict: OnConflict = "update") -> Write:
-        return Write(Batch.from_rows(rows, on_conflict=on_conflict), on_conflict)
+        return Write(Batch.from_rows(rows, Terms(on_conflict=on_conflict)), on_conflict)
 
     results = await quotes.write(
         [

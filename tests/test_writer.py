@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from app.batch import Batch
 from app.errors import Conflict, DatabaseUnavailable, Overloaded, QuotesError, ServiceStopping
-from app.model import Batch, Receipt
+from app.model import Receipt
 from app.repository.ingest import Write
 from app.settings import Settings
 from app.writer import Writer
@@ -26,7 +27,7 @@ def write(rows: int = 1, symbol: str = "A") -> Write:
 
 
 def receipt(one: Write) -> Receipt:
-    return Receipt.of(one.batch, inserted=len(one.batch), updated=0, unchanged=0)
+    return one.batch.receipt(inserted=len(one.batch))
 
 
 class Gate:

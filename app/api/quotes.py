@@ -34,7 +34,7 @@ from app.api.deps import (
 )
 from app.api.problems import responses
 from app.errors import InvalidQuotes, InvalidRequest, QuotesError
-from app.model import OnConflict, OnError, Quote, Receipt, normal_symbol
+from app.model import OnConflict, OnError, Precision, Quote, Receipt, Terms, normal_symbol
 from app.repository.ingest import Write
 from app.repository.quotes import Range, Sort, day_bounds, zone
 
@@ -104,6 +104,11 @@ class IngestQuery(Query):
     )
     on_error: OnError = Field(
         default="abort", description="A row that is refused: `abort` the request, or `skip` the row and list it."
+    )
+    precision: Precision | None = Field(
+        default=None,
+        description="Unit of timestamps that are whole numbers, counted from 1970-01-01T00:00Z. "
+        "Default: such timestamps are refused.",
     )
 
 
@@ -207,12 +212,12 @@ async def ingest_quotes(request: Request, query: Annotated[IngestQuery, QueryPar
 async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Receipt:
     codec = formats.reader(request.headers.get("content-type"))
     body = await read_body(request, wired.settings)
-    arguments = (body, wired.quotes.limits(), query.on_error, query.on_conflict)
+    terms = Terms(wired.quotes.limits(), query.on_error, query.on_conflict, query.precision)
     if len(body) > _INLINE_BYTES:
-        batch, pointer = await asyncio.to_thread(codec.decode, *arguments)
+        batch = await asyncio.to_thread(codec.decode, body, terms)
     else:
-        batch, pointer = codec.decode(*arguments)
-    return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, pointer))
+        batch = codec.decode(body, terms)
+    return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error))
 
 
 @router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from app.batch import Batch
 from app.errors import NotAcceptable, UnsupportedMediaType
 from app.formats import json, ndjson
-from app.model import Batch, Limits, OnConflict, OnError
+from app.model import Terms
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """A format: its name for `?format=`, its media types (the first is canonical) and its decoder.
 
-    `decode` turns a body into a batch and the JSON pointer of the array of rows in it.
+    `decode` turns a body into a batch on the terms of the request.
     """
 
     name: str
     media_types: tuple[str, ...]
-    decode: Callable[[bytes, Limits, OnError, OnConflict], tuple[Batch, str]]
+    decode: Callable[[bytes, Terms], Batch]
     writes: bool
 
 

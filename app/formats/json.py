@@ -9,10 +9,18 @@ from typing import Any, Final
 
 import msgspec
 
+from app.batch import Batch, Row
 from app.errors import MalformedBody
-from app.model import Batch, Limits, OnConflict, OnError
+from app.model import Terms
 
-DECODER: Final = msgspec.json.Decoder(float_hook=Decimal)
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    quotes: list[Row]
+
+
+#: Reads what is as it should be, 1.2 us a quote with all checks; `parse` and `Batch.from_rows` take twice that.
+_TYPED: Final = msgspec.json.Decoder(_Body | list[Row], float_hook=str)
+_ANY: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 def parse(text: bytes) -> Any:
@@ -25,7 +33,7 @@ def parse(text: bytes) -> Any:
         MalformedBody: it is no JSON.
     """
     try:
-        return DECODER.decode(text)
+        return _ANY.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         pass  # say where, or find that only a literal is to blame
     try:
@@ -40,20 +48,28 @@ def parse(text: bytes) -> Any:
         raise MalformedBody("Not JSON that this service reads: a number has too many digits.") from error
 
 
-def decode(body: bytes, limits: Limits, on_error: OnError, on_conflict: OnConflict) -> tuple[Batch, str]:
+def decode(body: bytes, terms: Terms) -> Batch:
     """The batch of a JSON body.
 
     Raises:
         MalformedBody: no JSON, or neither of the two shapes.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    try:
+        typed = _TYPED.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        pass  # look closely
+    else:
+        rows, pointer = (typed, "") if isinstance(typed, list) else (typed.quotes, "/quotes")
+        if (batch := Batch.of(rows, terms, pointer=pointer)) is not None:
+            return batch
     document = parse(body)
     if isinstance(document, dict):
         if document.keys() != {"quotes"}:
             raise MalformedBody('The object has one member, "quotes".', pointer="/")
-        rows, pointer = document["quotes"], "/quotes"
+        given, pointer = document["quotes"], "/quotes"
     else:
-        rows, pointer = document, ""
-    if not isinstance(rows, list):
+        given, pointer = document, ""
+    if not isinstance(given, list):
         raise MalformedBody('The body is an array of quotes, or an object {"quotes": [...]}.', pointer=pointer or "/")
-    return Batch.from_rows(rows, limits, on_error=on_error, on_conflict=on_conflict, pointer=pointer), pointer
+    return Batch.from_rows(given, terms, pointer=pointer)

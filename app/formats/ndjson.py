@@ -3,26 +3,32 @@
 A line that is no JSON is a row like any other: refused, and with `on_error=skip` harmless to the rest.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from app.batch import Batch, Row
 from app.errors import MalformedBody
 from app.formats import json
-from app.model import Batch, Limits, OnConflict, OnError
+from app.model import Terms
+
+_TYPED: Final = msgspec.json.Decoder(Row, float_hook=str)
 
 
-def decode(body: bytes, limits: Limits, on_error: OnError, on_conflict: OnConflict) -> tuple[Batch, str]:
+def decode(body: bytes, terms: Terms) -> Batch:
     """The batch of an NDJSON body; row numbers count the lines that are not empty.
 
     Raises:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
     try:
-        rows = json.DECODER.decode_lines(body)
+        rows = _TYPED.decode_lines(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        rows = [_line(line) for line in body.splitlines() if line.strip()]
-    return Batch.from_rows(rows, limits, on_error=on_error, on_conflict=on_conflict), ""
+        pass  # look closely, line by line
+    else:
+        if (batch := Batch.of(rows, terms)) is not None:
+            return batch
+    return Batch.from_rows([_line(line) for line in body.splitlines() if line.strip()], terms)
 
 
 def _line(line: bytes) -> Any:

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pgpq import ArrowToPostgresBinaryEncoder
 
+from app.batch import Batch
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
-from app.model import SCHEMA, TICK, Batch, OnConflict, OnError, Receipt
+from app.model import SCHEMA, TICK, OnConflict, OnError, Receipt
 from app.settings import Settings
 
 _Result = TypeVar("_Result")
@@ -72,7 +73,6 @@ class Write:
     batch: Batch
     on_conflict: OnConflict = "update"
     on_error: OnError = "abort"
-    pointer: str = ""
 
 
 class Ingest:
@@ -144,7 +144,7 @@ class Ingest:
         except asyncpg.UniqueViolationError:
             await connection.execute("ROLLBACK TO SAVEPOINT fresh")
             return None
-        return [Receipt.of(w.batch, inserted=len(w.batch), updated=0, unchanged=0) for w in writes]
+        return [w.batch.receipt(inserted=len(w.batch)) for w in writes]
 
     async def _merge(self, connection: Connection, write: Write) -> Receipt | QuotesError:
         """One request row by row against what is stored, in a savepoint of its own."""
@@ -156,19 +156,19 @@ class Ingest:
         await connection.execute("SAVEPOINT request")
         if write.on_conflict == "update":
             inserted, updated = await connection.fetchrow(_MERGE, *arrays) or (0, 0)
-            return Receipt.of(batch, inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
+            return batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
         added = {(row[0], row[1]) for row in await connection.fetch(_ADD, *arrays)}
         missed = len(batch) - len(added)
         if write.on_conflict == "ignore" or not missed:
-            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=missed)
+            return batch.receipt(inserted=len(added), unchanged=missed)
         keys = zip(arrays[0], arrays[1], batch.index.to_pylist(), strict=True)
         conflicts = sorted(index for symbol, timestamp, index in keys if (symbol, timestamp) not in added)
         rejections = [
-            Rejection(i, f"{write.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
+            Rejection(i, f"{batch.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
             for i in conflicts
         ]
         if write.on_error == "skip":
-            return Receipt.of(batch, inserted=len(added), updated=0, unchanged=0, conflicts=rejections)
+            return batch.receipt(inserted=len(added), conflicts=rejections)
         await connection.execute("ROLLBACK TO SAVEPOINT request")
         return Conflict(rejections, batch.received)
 

@@ -22,6 +22,7 @@ from decimal import Decimal
 from typing import Any, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from app.batch import Batch
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
@@ -30,13 +31,13 @@ from app.errors import InvalidRequest, QuotesError
 from app.model import (
     SCHEMA,
     TICK,
-    Batch,
     Consistency,
     Interval,
     Limits,
     OnConflict,
     OnError,
     Receipt,
+    Terms,
     normal_symbol,
     rfc3339,
 )
@@ -290,7 +291,7 @@ class QuoteRepository:
             DatabaseUnavailable: nothing was stored.
             OutcomeUnknown: the connection broke while committing.
         """
-        batch = Batch.from_rows(quotes, self.limits(), on_error=on_error, on_conflict=on_conflict)
+        batch = Batch.from_rows(quotes, Terms(self.limits(), on_error, on_conflict))
         (result,) = await self.write([Write(batch, on_conflict, on_error)])
         if isinstance(result, QuotesError):
             raise result

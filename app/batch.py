@@ -291,6 +291,8 @@ def joined(batches: Sequence[Batch]) -> pa.RecordBatch:
     parts = [batch.rows for batch in batches if batch._records is None]  # noqa: SLF001
     if few:
         parts.append(_in_columns(sorted(chain.from_iterable(few), key=_KEY)).select(SCHEMA.names))
+    if not parts:
+        return pa.RecordBatch.from_pylist([], schema=SCHEMA)
     if len(parts) == 1:
         return parts[0]
     merged = pa.concat_batches(parts)

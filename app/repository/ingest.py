@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from app.batch import Batch
+from app.batch import Batch, joined
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
 from app.model import SCHEMA, TICK, OnConflict, OnError, Receipt
@@ -26,24 +26,35 @@ _Result = TypeVar("_Result")
 _ATTEMPTS: Final = 3
 _VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
 _COLUMNS: Final = ", ".join(SCHEMA.names)
-_KEYS: Final = pa.schema([SCHEMA.field("symbol"), SCHEMA.field("timestamp")])
 
-_FROM_ARRAYS: Final = f"""
+#: Rows on their way to be merged, with the place of their request in the flush and their own in the request. It is
+#: made once a session; behind a transaction pooler any session may be the next. Its name changes with its columns.
+_STAGE: Final = """
+SET LOCAL client_min_messages = warning;
+CREATE TEMPORARY TABLE IF NOT EXISTS staged_quotes (
+    LIKE quotes.real_time, position int NOT NULL, request int NOT NULL) ON COMMIT DELETE ROWS;
+CREATE INDEX IF NOT EXISTS staged_quotes_request ON pg_temp.staged_quotes (request)
+"""
+_STAGED: Final = pa.schema([*SCHEMA, ("position", pa.int32()), ("request", pa.int32())])
+_FROM_STAGE: Final = f"""
 INSERT INTO quotes.real_time AS stored ({_COLUMNS})
-SELECT symbol, timestamp, price::numeric, bid::numeric, ask::numeric, bid_size, ask_size, volume, source
-FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[],
-            $6::bigint[], $7::bigint[], $8::bigint[], $9::text[]) AS new ({_COLUMNS})
+SELECT {_COLUMNS} FROM pg_temp.staged_quotes WHERE request = $1
 ON CONFLICT (symbol, timestamp) DO
 """
 _MERGE: Final = f"""
 WITH written AS (
-    {_FROM_ARRAYS} UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _VALUES)}
+    {_FROM_STAGE} UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _VALUES)}
     WHERE ({", ".join(f"stored.{c}" for c in _VALUES)}) IS DISTINCT FROM ({", ".join(f"excluded.{c}" for c in _VALUES)})
     RETURNING xmax = 0 AS inserted)
 SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
 """
+#: The positions of the rows whose key is stored already.
+_ADD: Final = f"""
+WITH written AS ({_FROM_STAGE} NOTHING RETURNING symbol, timestamp)
+SELECT position FROM pg_temp.staged_quotes LEFT JOIN written USING (symbol, timestamp)
+WHERE request = $1 AND written.symbol IS NULL ORDER BY position
+"""
 _DELETE: Final = "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
-_ADD: Final = f"{_FROM_ARRAYS} NOTHING RETURNING symbol, timestamp"
 
 # The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
 # that writers who touch the same symbols queue up instead of deadlocking.
@@ -81,6 +92,8 @@ class Ingest:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._chunk = settings.chunk_interval
+        #: Whether the last transaction met keys that were stored already.
+        self._repeats = False
         self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
 
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
@@ -92,16 +105,20 @@ class Ingest:
             DatabaseUnavailable: nothing of any request was stored.
             OutcomeUnknown: the connection broke while committing.
         """
+        return await self._transaction(lambda connection: self._store(connection, writes))
 
-        async def store(connection: Connection) -> list[Receipt | QuotesError]:
-            results = await self._copy(connection, writes)
-            if results is None:
-                results = [await self._merge(connection, write) for write in writes]
-            stored = [w.batch.rows for w, r in zip(writes, results, strict=True) if isinstance(r, Receipt)]
-            await self._update_latest(connection, stored)
-            return results
-
-        return await self._transaction(store)
+    async def _store(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        rows = joined([write.batch for write in writes])
+        results: list[Receipt | QuotesError]
+        if not self._repeats and await self._copy(connection, rows):
+            results = [write.batch.receipt(inserted=len(write.batch)) for write in writes]
+        else:
+            results = await self._merge(connection, writes)
+            stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
+            if len(stored) < len(writes):
+                rows = joined(stored)
+        await self._update_latest(connection, rows)
+        return results
 
     async def _transaction(self, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
         """Do `work` in a transaction, again if it fell victim to a deadlock, in which case nothing of it was done."""
@@ -133,42 +150,54 @@ class Ingest:
             raise
         return result
 
-    async def _copy(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError] | None:
-        """All rows at once, for the usual case that all are new; None if some key is stored or repeated."""
-        rows = [w.batch.rows for w in writes if len(w.batch)]
+    async def _copy(self, connection: Connection, rows: pa.RecordBatch) -> bool:
+        """All rows at once, for the usual case that all are new; False if some key is stored or repeated."""
         try:
-            if rows:
-                await connection.copy_to_table(
-                    "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
-                )
+            await connection.copy_to_table(
+                "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
+            )
         except asyncpg.UniqueViolationError:
             await connection.execute("ROLLBACK TO SAVEPOINT fresh")
-            return None
-        return [w.batch.receipt(inserted=len(w.batch)) for w in writes]
+            return False
+        return True
 
-    async def _merge(self, connection: Connection, write: Write) -> Receipt | QuotesError:
-        """One request row by row against what is stored, in a savepoint of its own."""
-        batch = write.batch
-        arrays = [
-            (column.cast(pa.string()) if pa.types.is_decimal(column.type) else column).to_pylist()
-            for column in batch.rows.columns
+    async def _merge(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        """All requests against what is stored, one after the other."""
+        await connection.execute(_STAGE)
+        staged = [
+            write.batch.columns.rename_columns(_STAGED.names[:-1]).append_column(
+                "request", pa.repeat(pa.scalar(place, pa.int32()), len(write.batch))
+            )
+            for place, write in enumerate(writes)
         ]
-        await connection.execute("SAVEPOINT request")
+        await connection.copy_to_table(
+            "staged_quotes", schema_name="pg_temp", columns=_STAGED.names, format="binary",
+            source=_encode(pa.concat_batches(staged)),
+        )  # fmt: skip
+        results = [await self._merge_one(connection, write, place) for place, write in enumerate(writes)]
+        # Who sends a batch again sends the next one again too, and a COPY that fails is work for nothing.
+        self._repeats = any(
+            not isinstance(r, Receipt) or r.inserted < len(w.batch) for r, w in zip(results, writes, strict=True)
+        )
+        return results
+
+    async def _merge_one(self, connection: Connection, write: Write, place: int) -> Receipt | QuotesError:
+        batch = write.batch
         if write.on_conflict == "update":
-            inserted, updated = await connection.fetchrow(_MERGE, *arrays) or (0, 0)
+            inserted, updated = await connection.fetchrow(_MERGE, place) or (0, 0)
             return batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
-        added = {(row[0], row[1]) for row in await connection.fetch(_ADD, *arrays)}
-        missed = len(batch) - len(added)
-        if write.on_conflict == "ignore" or not missed:
-            return batch.receipt(inserted=len(added), unchanged=missed)
-        keys = zip(arrays[0], arrays[1], batch.index.to_pylist(), strict=True)
-        conflicts = sorted(index for symbol, timestamp, index in keys if (symbol, timestamp) not in added)
+        if write.on_conflict == "error":
+            await connection.execute("SAVEPOINT request")
+        kept = [position for (position,) in await connection.fetch(_ADD, place)]
+        inserted = len(batch) - len(kept)
+        if write.on_conflict == "ignore" or not kept:
+            return batch.receipt(inserted=inserted, unchanged=len(kept))
         rejections = [
             Rejection(i, f"{batch.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
-            for i in conflicts
+            for i in kept
         ]
         if write.on_error == "skip":
-            return batch.receipt(inserted=len(added), conflicts=rejections)
+            return batch.receipt(inserted=inserted, conflicts=rejections)
         await connection.execute("ROLLBACK TO SAVEPOINT request")
         return Conflict(rejections, batch.received)
 
@@ -240,34 +269,28 @@ class Ingest:
                 low, high = high, min(high + step, last + TICK)
             step *= 2
 
-    async def _update_latest(self, connection: Connection, stored: Sequence[pa.RecordBatch]) -> None:
-        """Bring `quotes.latest` up to what was just stored."""
-        keys = pa.Table.from_batches([rows.select(["symbol", "timestamp"]) for rows in stored], schema=_KEYS)
-        if not len(keys):
+    async def _update_latest(self, connection: Connection, rows: pa.RecordBatch) -> None:
+        """Bring `quotes.latest` up to what was just stored: rows in the order of their key."""
+        if not len(rows):
             return
-        ends = keys.group_by("symbol").aggregate([("timestamp", "min"), ("timestamp", "max")]).sort_by("symbol")
-        last = ends.column("timestamp_max")
+        symbols, times = rows.column("symbol"), rows.column("timestamp")
+        steps = pc.indices_nonzero(pc.not_equal(symbols[1:], symbols[:-1])).to_pylist()
+        last = times.take(pa.array([*steps, len(rows) - 1]))
         bounds = pc.min_max(last).as_py()
+        first_rows = pa.array([0, *(step + 1 for step in steps)])
         await connection.execute(
             _LATEST,
-            ends.column("symbol").to_pylist(),
-            ends.column("timestamp_min").to_pylist(),
+            symbols.take(first_rows).to_pylist(),
+            times.take(first_rows).to_pylist(),
             last.to_pylist(),
             bounds["min"],
             bounds["max"],
         )
 
-    # --- reading: objects ---
 
-
-async def _encode(rows: Sequence[pa.RecordBatch]) -> AsyncIterator[bytes]:
-    """PostgreSQL's binary COPY format of the rows, by key: concurrent flushes then lock keys in one order."""
-    encoder = ArrowToPostgresBinaryEncoder(SCHEMA)
+async def _encode(rows: pa.RecordBatch) -> AsyncIterator[bytes]:
+    """PostgreSQL's binary COPY format of the rows."""
+    encoder = ArrowToPostgresBinaryEncoder(rows.schema)
     yield encoder.write_header()
-    if len(rows) == 1:
-        yield encoder.write_batch(rows[0])
-    else:
-        table = pa.Table.from_batches(rows).sort_by([("symbol", "ascending"), ("timestamp", "ascending")])
-        for batch in table.combine_chunks().to_batches():
-            yield encoder.write_batch(batch)
+    yield encoder.write_batch(rows)
     yield encoder.finish()

@@ -1,8 +1,9 @@
 """Group commit: many requests, few transactions, one receipt each.
 
-Requests wait in a queue bounded by rows and bytes until one of a fixed number of flushers is free; whatever has
-gathered by then shares its transaction. Invariant: every accepted request gets exactly one result, a receipt
-that says it is committed or an error, also when its client has gone, the database fails or the service stops.
+Requests wait in a queue bounded by rows and bytes, and whatever has gathered there when a transaction begins shares
+it. A few requests wait for the transaction in flight to end; many, or those that have waited for long, get one beside
+it. Invariant: every accepted request gets exactly one result, a receipt that says it is committed or an error, also
+when its client has gone, the database fails or the service stops.
 """
 
 import asyncio
@@ -25,6 +26,11 @@ log = structlog.get_logger(__name__)
 
 Flush = Callable[[Sequence[Write]], Awaitable[list[Receipt | QuotesError]]]
 _LONGEST_RETRY: Final = 30.0
+#: Fewer quotes than this are not worth a transaction beside one in flight: 64 clients that post single quotes get
+#: one commit for 60 requests instead of one for 30.
+_WORTH_ROWS: Final = 2_000
+#: ... but they do not wait for one that hangs.
+_PATIENCE: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +54,33 @@ class Writer:
         self._queue: deque[_Pending] = deque()
         self._rows = 0  # waiting or being written
         self._bytes = 0
+        self._waiting_rows = 0
         self._rows_per_second = 0.0
-        self._arrived = asyncio.Event()
+        self._due: asyncio.Handle | None = None
         self._stopping = False
-        self._flushers: list[asyncio.Task[None]] = []
+        self._flushes: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._flushers = [
-            asyncio.create_task(self._run(), name=f"flusher-{i}") for i in range(self._settings.writer_flushes)
-        ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop_accepting()
-        _, late = await asyncio.wait(self._flushers, timeout=self._settings.drain_timeout.total_seconds())
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        if self._queue:
-            log.error("quotes not drained in time", requests=len(self._queue), rows=self._rows)
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout.total_seconds()):
+                while self._queue or self._flushes:
+                    self._begin()
+                    await asyncio.wait(self._flushes, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            log.error("quotes not drained in time", requests=len(self._queue), rows=self._rows)  # noqa: TRY400  expected
+        if self._due is not None:
+            self._due.cancel()
         while self._queue:
             self._settle(self._queue.popleft(), ServiceStopping("The service stopped before these quotes were stored."))
+        for task in self._flushes:
+            task.cancel()
+        await asyncio.gather(*self._flushes, return_exceptions=True)
 
     @property
     def accepting(self) -> bool:
@@ -80,7 +90,6 @@ class Writer:
     def stop_accepting(self) -> None:
         """Refuse new requests; those accepted are still written."""
         self._stopping = True
-        self._arrived.set()
 
     async def submit(self, write: Write) -> Receipt:
         """Queue a request and wait until it is committed.
@@ -103,8 +112,11 @@ class Writer:
             )
         pending = _Pending(write, rows, nbytes, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
+        self._waiting_rows += rows
         self._account(rows, nbytes)
-        self._arrived.set()
+        if len(self._flushes) < settings.writer_flushes and (self._due is None or self._waiting_rows >= _WORTH_ROWS):
+            # One turn of the loop: requests that became ready together share the transaction.
+            self._due = asyncio.get_running_loop().call_soon(self._begin)
         return await pending.result
 
     def _retry_after(self) -> float:
@@ -127,17 +139,24 @@ class Writer:
         else:
             pending.result.set_result(result)
 
-    async def _run(self) -> None:
-        while True:
-            if not self._queue:
-                if self._stopping:
+    def _begin(self) -> None:
+        """Begin transactions while requests wait that are worth one."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        while self._queue and len(self._flushes) < self._settings.writer_flushes:
+            if self._flushes and self._waiting_rows < _WORTH_ROWS:
+                patience = self._queue[0].since + _PATIENCE - time.perf_counter()
+                if patience > 0:
+                    self._due = asyncio.get_running_loop().call_later(patience, self._begin)
                     return
-                self._arrived.clear()
-                await self._arrived.wait()
-                # One turn of the loop: requests that became ready together share the transaction.
-                await asyncio.sleep(0)
-                continue
-            await self._commit(self._gather())
+            task = asyncio.create_task(self._commit(self._gather()), name="flush")
+            self._flushes.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._flushes.discard(task)
+        self._begin()
 
     def _gather(self) -> list[_Pending]:
         gathered = [self._queue.popleft()]
@@ -145,6 +164,7 @@ class Writer:
         while self._queue and rows + self._queue[0].rows <= self._settings.writer_flush_rows:
             gathered.append(self._queue.popleft())
             rows += gathered[-1].rows
+        self._waiting_rows -= rows
         return gathered
 
     async def _commit(self, gathered: list[_Pending]) -> None:

@@ -65,6 +65,37 @@ async def test_requests_that_wait_share_a_transaction() -> None:
     assert gate.flushes == [1, 5]
 
 
+async def test_few_quotes_wait_for_the_transaction_in_flight_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.writer._PATIENCE", 3600)
+    gate = Gate()
+    async with Writer(gate, make_settings(writer_flushes=2)) as writer:
+        tasks = [asyncio.create_task(writer.submit(write()))]
+        await settle()
+        tasks += [asyncio.create_task(writer.submit(write())) for _ in range(30)]
+        await settle()
+        assert gate.flushes == [1]
+        monkeypatch.setattr("app.writer._WORTH_ROWS", 40)
+        tasks.append(asyncio.create_task(writer.submit(write(10))))
+        await settle()
+        assert gate.flushes == [1, 31]
+        gate.open.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_few_quotes_do_not_wait_for_a_transaction_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.writer._PATIENCE", 0.01)
+    gate = Gate()
+    async with Writer(gate, make_settings(writer_flushes=2)) as writer:
+        tasks = [asyncio.create_task(writer.submit(write()))]
+        await settle()
+        tasks.append(asyncio.create_task(writer.submit(write())))
+        async with asyncio.timeout(30):
+            while len(gate.flushes) < 2:
+                await asyncio.sleep(0.005)
+        gate.open.set()
+        await asyncio.gather(*tasks)
+
+
 async def test_a_transaction_is_bounded_in_rows() -> None:
     gate = Gate()
     gate.open.set()

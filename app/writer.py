@@ -42,6 +42,33 @@ class _Pending:
     since: float = field(default_factory=time.perf_counter)
 
 
+class Room:
+    """Bytes of a body that is being read; they count as waiting until it is given back."""
+
+    __slots__ = ("_bytes", "_writer")
+
+    def __init__(self, writer: "Writer") -> None:
+        self._writer = writer
+        self._bytes = 0
+
+    def grow(self, nbytes: int) -> None:
+        """Take room for more bytes.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        self._writer._take(nbytes, alone=self._bytes)  # noqa: SLF001  the other half of this class
+        self._bytes += nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer._bytes -= self._bytes  # noqa: SLF001
+
+
 class Writer:
     """The queue, its flushers and the results.
 
@@ -53,7 +80,7 @@ class Writer:
         self._settings = settings
         self._queue: deque[_Pending] = deque()
         self._rows = 0  # waiting or being written
-        self._bytes = 0
+        self._bytes = 0  # these, and bodies that are being read
         self._waiting_rows = 0
         self._rows_per_second = 0.0
         self._due: asyncio.Handle | None = None
@@ -104,20 +131,32 @@ class Writer:
         rows, nbytes = len(write.batch), write.batch.nbytes
         settings = self._settings
         # A request larger than the whole queue is taken when the queue is empty, or it would never be.
-        if self._rows and (
-            self._rows + rows > settings.writer_queue_rows or self._bytes + nbytes > settings.writer_queue_bytes
-        ):
-            raise Overloaded(
-                f"{self._rows} quotes are waiting to be written; try again later.", retry_after=self._retry_after()
-            )
+        if self._rows and self._rows + rows > settings.writer_queue_rows:
+            raise self._overloaded()
+        self._take(nbytes)
         pending = _Pending(write, rows, nbytes, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         self._waiting_rows += rows
-        self._account(rows, nbytes)
+        self._account(rows)
         if len(self._flushes) < settings.writer_flushes and (self._due is None or self._waiting_rows >= _WORTH_ROWS):
             # One turn of the loop: requests that became ready together share the transaction.
             self._due = asyncio.get_running_loop().call_soon(self._begin)
         return await pending.result
+
+    def room(self) -> Room:
+        """Room for a body, to be taken as it arrives."""
+        return Room(self)
+
+    def _take(self, nbytes: int, *, alone: int = 0) -> None:
+        """Count bytes as waiting; `alone` of those that do already are of the same request."""
+        if self._bytes > alone and self._bytes + nbytes > self._settings.writer_queue_bytes:
+            raise self._overloaded()
+        self._bytes += nbytes
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(
+            f"{self._rows} quotes are waiting to be written; try again later.", retry_after=self._retry_after()
+        )
 
     def _retry_after(self) -> float:
         """When the queue will have drained, at the rate of late."""
@@ -125,13 +164,13 @@ class Writer:
             return 1.0
         return min(max(self._rows / self._rows_per_second, 1.0), _LONGEST_RETRY)
 
-    def _account(self, rows: int, nbytes: int) -> None:
+    def _account(self, rows: int) -> None:
         self._rows += rows
-        self._bytes += nbytes
         metrics.WRITER_QUEUE_ROWS.set(self._rows)
 
     def _settle(self, pending: _Pending, result: Receipt | BaseException) -> None:
-        self._account(-pending.rows, -pending.nbytes)
+        self._bytes -= pending.nbytes
+        self._account(-pending.rows)
         if pending.result.done():  # the client has gone
             return
         if isinstance(result, BaseException):

@@ -35,10 +35,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
+        self.twice = asyncio.Event()
         self.flushes: list[int] = []
 
     async def __call__(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
         self.flushes.append(len(writes))
+        if len(self.flushes) > 1:
+            self.twice.set()
         await self.open.wait()
         return [receipt(one) for one in writes]
 
@@ -90,8 +93,7 @@ async def test_few_quotes_do_not_wait_for_a_transaction_that_hangs(monkeypatch: 
         await settle()
         tasks.append(asyncio.create_task(writer.submit(write())))
         async with asyncio.timeout(30):
-            while len(gate.flushes) < 2:
-                await asyncio.sleep(0.005)
+            await gate.twice.wait()
         gate.open.set()
         await asyncio.gather(*tasks)
 
@@ -198,3 +200,23 @@ async def test_a_client_that_goes_does_not_disturb_the_others() -> None:
         gate.open.set()
         assert (await stays).inserted == 1
     assert gone.cancelled()
+
+
+async def test_bodies_that_are_being_read_take_room_from_the_queue() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with Writer(gate, make_settings(writer_queue_bytes=100_000)) as writer:
+        with writer.room() as first:
+            first.grow(1_000_000)  # alone, it may be larger than the queue
+            with writer.room() as second, pytest.raises(Overloaded) as caught:
+                second.grow(1)
+            assert caught.value.retry_after == 1.0
+        with writer.room() as third:
+            third.grow(99_000)
+            with writer.room() as fourth:
+                fourth.grow(500)
+                with pytest.raises(Overloaded):
+                    fourth.grow(600)
+            with pytest.raises(Overloaded):
+                await writer.submit(write(59))
+        assert (await writer.submit(write(59))).inserted == 59

@@ -40,7 +40,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.db.engine import Connection, Database
 from app.errors import QuotesError
 from app.model import FIELDS, rfc3339
-from app.repository.quotes import QuoteRepository, Range
+from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Range
 from app.settings import Settings
 from benchmarks.side_by_side import (
     QUANTILES,

@@ -20,7 +20,9 @@ from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.model import Interval
-from app.repository.quotes import BarSpec, Page, QuoteRepository, Range
+from app.repository.bars import BarSpec
+from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Page, Range
 from app.settings import Settings
 from benchmarks.target import fresh_database
 

@@ -20,7 +20,8 @@ import pytest
 from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.migrate import migrate
-from app.repository.quotes import Bar, QuoteRepository
+from app.repository.bars import Bar
+from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane, about, random_symbol
 
 SEQUENCES: Final = int(os.environ.get("DIFFERENTIAL_SEQUENCES", "5"))

@@ -29,8 +29,10 @@ from app.errors import (
     QuotesError,
 )
 from app.model import Interval, OnConflict, Receipt, Terms
+from app.repository.bars import BarPrice, BarSpec
 from app.repository.ingest import Write
-from app.repository.quotes import BarPrice, BarSpec, Position, QuoteRepository, Range, Sort, day_bounds
+from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Position, Range, Sort, day_bounds
 from tests.conftest import Lane, random_symbol
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday

@@ -32,7 +32,8 @@ from app.errors import (
 from app.health import Health
 from app.model import Consistency, Timestamp, normal_symbol
 from app.monitor import Monitor
-from app.repository.quotes import Page, Position, QuoteRepository
+from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Page, Position
 from app.settings import Settings
 from app.writer import Writer
 

@@ -26,7 +26,8 @@ from app.api.deps import (
 from app.api.problems import responses
 from app.errors import InvalidRequest
 from app.model import Interval
-from app.repository.quotes import BarPrice, BarSpec, Fill, Range, Sort
+from app.repository.bars import BarPrice, BarSpec, Fill
+from app.repository.ranges import Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["bars"])
 

@@ -36,7 +36,7 @@ from app.api.problems import responses
 from app.errors import InvalidQuotes, InvalidRequest, QuotesError
 from app.model import OnConflict, OnError, Precision, Quote, Receipt, Terms, normal_symbol
 from app.repository.ingest import Write
-from app.repository.quotes import Range, Sort, day_bounds, zone
+from app.repository.ranges import Range, Sort, day_bounds, zone
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 

@@ -1,6 +1,7 @@
 """The fast ways into a batch mean the same as the thorough one, and take no row that it refuses."""
 
 import json as standard_json
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 from app import batch as batch_module
 from app.batch import Batch, Row, joined
-from app.errors import InvalidQuotes, InvalidRequest, QuotesError
-from app.formats import json
+from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest, QuotesError
+from app.formats import json, ndjson
 from app.model import FIELDS, Limits, OnConflict, Terms
 
 NOW = datetime(2026, 11, 20, 15, tzinfo=UTC)
@@ -267,6 +268,25 @@ def test_a_fault_is_shown_where_the_client_put_it(row: dict[str, Any], pointer: 
     with pytest.raises(InvalidQuotes) as caught:
         Batch.from_rows([whole], Terms(Limits.at(NOW)))
     assert [(r.pointer, r.code) for r in caught.value.rejections] == [(pointer, code)]
+
+
+@pytest.mark.parametrize("part", [b"{},", b"[],", b"1,", b'"",', b'{"symbol":"A","timestamp":"x"},'])
+@pytest.mark.parametrize("decode", [json.decode, ndjson.decode])
+def test_a_body_of_too_many_values_is_refused_before_it_is_read(part: bytes, decode: Any) -> None:
+    body = b"[" + 500 * part + b"1]"
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyTooLarge):
+            decode(body, Terms(Limits(max_rows=20)))
+        assert tracemalloc.get_traced_memory()[1] < 10_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_longest_batch_is_not_too_many_values() -> None:
+    row = {name: "2026-11-20T10:00:00Z" if name == "timestamp" else 1 for name in FIELDS} | {"source": "{[,"}
+    rows = [row | {"symbol": f"S{i}"} for i in range(20)]
+    assert len(json.decode(in_json(rows), Terms(Limits.at(NOW, max_rows=20)))) == 20
 
 
 def test_no_rows_are_refused() -> None:

@@ -10,8 +10,8 @@ from typing import Any, Final
 import msgspec
 
 from app.batch import Batch, Row
-from app.errors import MalformedBody
-from app.model import Terms
+from app.errors import BodyTooLarge, MalformedBody
+from app.model import FIELDS, Terms
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -21,6 +21,20 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 #: Reads what is as it should be, 1.2 us a quote with all checks; `parse` and `Batch.from_rows` take twice that.
 _TYPED: Final = msgspec.json.Decoder(_Body | list[Row], float_hook=str)
 _ANY: Final = msgspec.json.Decoder(float_hook=Decimal)
+
+
+def check_parts(body: bytes, terms: Terms) -> None:
+    """Refuse a text of more values than the longest batch has, before memory is spent on them.
+
+    64 MiB of `{},` would be 1.4 GB.
+
+    Raises:
+        BodyTooLarge: it has.
+    """
+    most = terms.limits.max_rows
+    # Some times more than there can be, because these characters may also stand in texts.
+    if body.count(b"{") + body.count(b"[") > 4 * most + 2 or body.count(b",") > 2 * len(FIELDS) * most:
+        raise BodyTooLarge(f"More values than {most} quotes have; that is the most in one batch.")
 
 
 def parse(text: bytes) -> Any:
@@ -55,6 +69,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
         MalformedBody: no JSON, or neither of the two shapes.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    check_parts(body, terms)
     try:
         typed = _TYPED.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

@@ -3,6 +3,7 @@
 A line that is no JSON is a row like any other: refused, and with `on_error=skip` harmless to the rest.
 """
 
+from io import BytesIO
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +22,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
     Raises:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    json.check_parts(body, terms)
     try:
         rows = _TYPED.decode_lines(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -28,7 +30,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
     else:
         if (batch := Batch.of(rows, terms)) is not None:
             return batch
-    return Batch.from_rows([_line(line) for line in body.splitlines() if line.strip()], terms)
+    return Batch.from_rows([_line(line) for line in BytesIO(body) if line.strip()], terms)
 
 
 def _line(line: bytes) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.errors import Conflict, DatabaseUnavailable, Overloaded, QuotesError, ServiceStopping
+from app.errors import Conflict, DatabaseUnavailable, IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
 from app.model import Batch, Receipt
 from app.repository.ingest import Write
+from app.repository.receipts import IdempotencyKey
 from app.settings import Settings
 from app.writer import Writer
 
@@ -166,3 +167,35 @@ async def test_a_client_that_goes_does_not_disturb_the_others() -> None:
         gate.open.set()
         assert (await stays).inserted == 1
     assert gone.cancelled()
+
+
+async def test_a_key_in_the_queue_is_in_use() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        keyed = [write(), write()]
+        for one in keyed:
+            one.idempotency = IdempotencyKey("key", b"")
+        first = asyncio.create_task(writer.submit(keyed[0]))
+        gone = asyncio.create_task(writer.submit(write()))
+        await settle()
+        first.cancel()  # its client goes, its quotes are written all the same
+        await settle()
+        with pytest.raises(IdempotencyKeyInUse):
+            await writer.submit(keyed[1])
+        gate.open.set()
+        await gone
+        assert (await writer.submit(keyed[1])).inserted == 1, "answered, it is free again"
+
+
+async def test_a_dry_run_has_a_transaction_of_its_own() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        first = asyncio.create_task(writer.submit(write()))
+        await settle()
+        waiting = [write() for _ in range(5)]
+        waiting[2].dry_run = True
+        tasks = [asyncio.create_task(writer.submit(one)) for one in waiting]
+        await settle()
+        gate.open.set()
+        await asyncio.gather(first, *tasks)
+    assert gate.flushes == [1, 2, 1, 2]

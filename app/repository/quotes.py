@@ -42,6 +42,7 @@ from app.model import (
 )
 from app.repository import rollups
 from app.repository.ingest import Ingest, Write
+from app.repository.receipts import IdempotencyKey
 from app.settings import Settings
 
 Sort = Literal["asc", "desc"]
@@ -309,6 +310,10 @@ class QuoteRepository:
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
         """Store several requests in one transaction, as `Ingest.write`."""
         return await self._ingest.write(writes)
+
+    async def replay(self, key: IdempotencyKey) -> Receipt | None:
+        """The receipt that is kept under a key, as `Ingest.replay`."""
+        return await self._ingest.replay(key)
 
     async def delete_quotes(self, symbol: str, start: datetime, end: datetime) -> int:
         """Delete a symbol's quotes with `start <= timestamp < end` (aware); how many they were.

@@ -535,7 +535,7 @@ async def test_a_dry_run_leaves_no_chunk_and_nothing_to_refresh(lane: Lane, empt
                 ):
                     await connection.execute("SELECT alter_job($1, scheduled => false)", job[0])
                 await connection.execute(
-                    f"CALL refresh_continuous_aggregate('quotes.ohlc_1d', '{T0 - timedelta(days=9)}',"
+                    f"CALL refresh_continuous_aggregate('quotes.ohlc_1m', '{T0 - timedelta(days=9)}',"
                     f" '{T0 + timedelta(days=9)}')"
                 )
         before = await traces()

@@ -68,27 +68,25 @@ class Receipts:
         Without keys it says nothing to the server. The lock lasts only if no savepoint from before it is rolled
         back to.
         """
-        claimed: dict[str, int] = {}
         answers: dict[int, Receipt | QuotesError] = {}
+        wanted: dict[str, tuple[int, IdempotencyKey]] = {}
         for position, one in enumerate(keys):
-            # To take a lock twice in one transaction succeeds, so here the second one is turned away.
-            if one is not None and claimed.setdefault(one.key, position) != position:
+            # To take a lock twice in one transaction succeeds, so the second request is turned away here.
+            if one is not None and wanted.setdefault(one.key, (position, one))[0] != position:
                 answers[position] = IdempotencyKeyInUse()
-        if not claimed:
+        if not wanted:
             return answers
-        wanted = {position: one for position in claimed.values() if (one := keys[position]) is not None}
-        locked = dict(await connection.fetch(_LOCK, [one.lock for one in wanted.values()]))
+        locked = dict(await connection.fetch(_LOCK, [one.lock for _, one in wanted.values()]))
         # A statement of its own: its snapshot has what the last holder of the lock committed.
-        found = {row["key"]: row for row in await connection.fetch(_FIND, list(claimed), self._expiry)}
-        for position, one in wanted.items():
+        found = {row["key"]: row for row in await connection.fetch(_FIND, list(wanted), self._expiry)}
+        for position, one in wanted.values():
+            row = found.get(one.key)
             if not locked[one.lock]:
                 answers[position] = IdempotencyKeyInUse()
-            elif (row := found.get(one.key)) is not None:
-                answers[position] = (
-                    msgspec.json.decode(row["receipt"], type=Replayed)
-                    if row["fingerprint"] == one.fingerprint
-                    else IdempotencyKeyReused()
-                )
+            elif row is not None and row["fingerprint"] != one.fingerprint:
+                answers[position] = IdempotencyKeyReused()
+            elif row is not None:
+                answers[position] = msgspec.json.decode(row["receipt"], type=Replayed)
         return answers
 
     async def keep(self, connection: Connection, receipts: Sequence[tuple[IdempotencyKey, Receipt]]) -> None:

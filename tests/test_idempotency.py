@@ -92,7 +92,7 @@ async def test_another_request_cannot_have_the_key(client: httpx.AsyncClient, sy
         await post(client, key, [row(symbol, 0, -1)]),
         await client.post(
             "/v1/quotes",
-            content=json.dumps(rows[0]),
+            content=first.request.content,
             headers={"idempotency-key": key, "content-type": "application/x-ndjson"},
         ),
     ]

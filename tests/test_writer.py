@@ -176,14 +176,16 @@ async def test_a_key_in_the_queue_is_in_use() -> None:
         for one in keyed:
             one.idempotency = IdempotencyKey("key", b"")
         first = asyncio.create_task(writer.submit(keyed[0]))
-        gone = asyncio.create_task(writer.submit(write()))
+        waiting = asyncio.create_task(writer.submit(write()))
         await settle()
         first.cancel()  # its client goes, its quotes are written all the same
         await settle()
-        with pytest.raises(IdempotencyKeyInUse):
-            await writer.submit(keyed[1])
+        second = asyncio.create_task(writer.submit(keyed[1]))
+        await settle()
         gate.open.set()
-        await gone
+        with pytest.raises(IdempotencyKeyInUse):
+            await second
+        await waiting
         assert (await writer.submit(keyed[1])).inserted == 1, "answered, it is free again"
 
 

@@ -172,7 +172,7 @@ class Ingest:
         try:
             await connection.execute(end)
         except Exception as error:
-            if connection_lost(error):
+            if end == "COMMIT" and connection_lost(error):
                 raise OutcomeUnknown(
                     "The connection broke while committing; sending the same again is harmless."
                 ) from error

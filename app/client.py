@@ -1,7 +1,8 @@
 """Sends quotes to a running service over HTTP: what `load` and `demo` share.
 
 Invariant: `Client.send` returns the receipt of a committed request, or raises. What may pass (no connection, 503) is
-tried again until `patience` is used up; that is harmless, because a stored quote that is sent again is `unchanged`.
+tried again until `patience` is used up; that is harmless, because a stored quote that is sent again is `unchanged`,
+and `exact` requests carry an idempotency key, so that even their receipt is that of the first time.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
@@ -108,18 +110,25 @@ class Client:
         await self._http.aclose()
 
     async def send(
-        self, lines: Sequence[bytes], *, on_conflict: OnConflict = "update", on_error: OnError = "abort"
+        self,
+        lines: Sequence[bytes],
+        *,
+        on_conflict: OnConflict = "update",
+        on_error: OnError = "abort",
+        exact: bool = False,
     ) -> Receipt:
         """Post quotes, each a line of JSON, as one request.
+
+        With `exact` the receipt is right even if the request is sent again because its answer was lost; without,
+        the quotes of the first time would count as `unchanged`, or be refused under `on_conflict="error"`.
 
         Raises:
             Unavailable: the service was away for longer than `patience`.
             Refused: it refused the request.
         """
         headers = {"Content-Type": "application/x-ndjson"}
-        if on_conflict == "error":
-            # Only here would a request that is sent again, because its answer was lost, meet its own quotes.
-            headers["Idempotency-Key"] = str(uuid4())
+        if exact:
+            headers["Idempotency-Key"] = f'"{uuid4()}"'
         request = {"on_conflict": on_conflict, "on_error": on_error}
         body = b"\n".join(lines)
         started, pause = time.monotonic(), _FIRST_PAUSE
@@ -134,7 +143,9 @@ class Client:
                     self._waiting = False
                     return self._receipt(response)
                 reason, asked = _problem(response), _retry_after(response)
-                if response.status_code not in _PASSING:
+                # A conflict that passes: the request that this one repeats is still being worked on.
+                in_flight = response.status_code == HTTPStatus.CONFLICT and asked
+                if response.status_code not in _PASSING and not in_flight:
                     raise Refused(f"{self.url} refused the quotes: {reason}")
             if pause == _FIRST_PAUSE:
                 started = attempted

@@ -7,6 +7,8 @@
     ├── InvalidQuotes           422  rows that break a rule, each named
     ├── Forbidden               403  an administrator's request without an administrator's token
     ├── Conflict                409  on_conflict=error met stored keys
+    ├── IdempotencyKeyInUse     409  the first request with the key is not answered yet
+    ├── IdempotencyKeyReused    422  the key belongs to a request with another body
     ├── BodyTooLarge            413
     ├── BodyTimeout             408
     ├── UnsupportedMediaType    415
@@ -108,6 +110,35 @@ class Conflict(QuotesError):
         self.rejections = list(rejections)
         self.received = received
         super().__init__(f"{len(self.rejections)} of {received} quotes are already stored; nothing was stored.")
+
+
+class IdempotencyKeyInUse(QuotesError):
+    """A request with the same idempotency key is being worked on; this one did nothing."""
+
+    status = 409
+    code = "idempotency-key-in-use"
+    title = "Idempotency key in use"
+    retry_after = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A request with this idempotency key is being worked on; send the same again later.",
+            parameter="Idempotency-Key",
+        )
+
+
+class IdempotencyKeyReused(QuotesError):
+    """The idempotency key was taken by a request that asked for something else; this one did nothing."""
+
+    status = 422
+    code = "idempotency-key-reused"
+    title = "Idempotency key reused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This idempotency key belongs to another request; a new request has a new key.",
+            parameter="Idempotency-Key",
+        )
 
 
 class BodyTooLarge(QuotesError):

@@ -616,7 +616,9 @@ class _Loader:
         async def send(chunk: Chunk) -> Receipt:
             if not chunk.lines:
                 return Receipt(0, 0, 0, 0, 0, 0, 0, [])
-            return await self._client.send(chunk.lines, on_conflict=self._options.on_conflict, on_error="skip")
+            return await self._client.send(
+                chunk.lines, on_conflict=self._options.on_conflict, on_error="skip", exact=True
+            )
 
         async with aclosing(in_order(requests, send, clash=Chunk.overlaps)) as answers:
             async for chunk, receipt in answers:

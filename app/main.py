@@ -65,7 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
-    _declare(app)
+    _declare(app, settings)
     return app
 
 
@@ -105,17 +105,22 @@ def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def _declare(app: FastAPI) -> None:
+def _declare(app: FastAPI, settings: Settings) -> None:
     """Add to OpenAPI the models that routes refer to by name, as they read and write bytes themselves."""
     build = app.openapi
 
     def openapi() -> dict[str, object]:
         if app.openapi_schema is None:
-            schemas = build()["components"]["schemas"]
+            document = build()
+            schemas = document["components"]["schemas"]
             for model in (Quote, problems.Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            for parameter in document["paths"]["/v1/quotes"]["post"]["parameters"]:
+                if parameter["name"] == "Idempotency-Key":
+                    expiry = settings.idempotency_expiry.total_seconds()
+                    parameter["description"] += f" The service keeps keys for {expiry:.0f} seconds."
         assert app.openapi_schema is not None  # noqa: S101  built above
         return app.openapi_schema
 

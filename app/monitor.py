@@ -36,13 +36,17 @@ class Probe:
     values: Callable[[Storage], Values]
 
 
+#: Plain tables, by what they hold; the quotes are one where there is no hypertable.
+_TABLES: Final = {"quotes.real_time": "rowstore", "quotes.latest": "latest", "quotes.receipts": "receipts"}
+
+
 def _bytes(storage: Storage) -> Values:
     parts: dict[str, int] = {
         state: sum(chunk.bytes for chunk in storage.chunks if chunk.state == state) for state in STATES
     }
     for relation in storage.relations:
         if relation.kind == "table":
-            state = "latest" if relation.name == "quotes.latest" else "rowstore"
+            state = _TABLES[relation.name]
             parts[state] = parts.get(state, 0) + relation.bytes
     parts["rollups"] = sum(r.bytes for r in storage.relations if r.kind == "continuous aggregate")
     return [((state,), value) for state, value in parts.items()]

@@ -112,6 +112,10 @@ class Settings(BaseSettings):
     max_symbols: int = Field(default=500, ge=1, description="Most symbols named in one read.")
     body_timeout: Duration = Field(default=timedelta(seconds=30), description="Longest wait for a request body.")
 
+    idempotency_expiry: Duration = Field(
+        default=timedelta(hours=24), description="Time that an idempotency key and its receipt are kept."
+    )
+
     writer_queue_rows: int = Field(
         default=500_000, ge=1, description="Quotes waiting to be written before ingest answers 503."
     )

@@ -17,7 +17,7 @@ from typing import Final, Self
 import structlog
 
 from app import metrics
-from app.errors import Overloaded, QuotesError, ServiceStopping
+from app.errors import IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
 from app.model import Receipt
 from app.repository.ingest import Write
 from app.settings import Settings
@@ -82,6 +82,7 @@ class Writer:
         self._rows = 0  # waiting or being written
         self._bytes = 0  # these, and bodies that are being read
         self._waiting_rows = 0
+        self._keys: set[str] = set()  # idempotency keys that wait or are being written
         self._rows_per_second = 0.0
         self._due: asyncio.Handle | None = None
         self._stopping = False
@@ -123,11 +124,15 @@ class Writer:
 
         Raises:
             Overloaded: the queue is full; nothing was stored.
+            IdempotencyKeyInUse: a request with its key waits or is being written.
             ServiceStopping: the service is draining; nothing was stored.
             QuotesError: why these quotes were not stored, as `QuoteRepository.write` says.
         """
         if self._stopping:
             raise ServiceStopping("The service is stopping and takes no more quotes.")
+        key = None if write.idempotency is None else write.idempotency.key
+        if key in self._keys:
+            raise IdempotencyKeyInUse
         rows, nbytes = len(write.batch), write.batch.nbytes
         settings = self._settings
         # A request larger than the whole queue is taken when the queue is empty, or it would never be.
@@ -137,6 +142,8 @@ class Writer:
         pending = _Pending(write, rows, nbytes, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         self._waiting_rows += rows
+        if key is not None:
+            self._keys.add(key)
         self._account(rows)
         if len(self._flushes) < settings.writer_flushes and (self._due is None or self._waiting_rows >= _WORTH_ROWS):
             # One turn of the loop: requests that became ready together share the transaction.
@@ -171,6 +178,8 @@ class Writer:
     def _settle(self, pending: _Pending, result: Receipt | BaseException) -> None:
         self._bytes -= pending.nbytes
         self._account(-pending.rows)
+        if pending.write.idempotency is not None:
+            self._keys.discard(pending.write.idempotency.key)
         if pending.result.done():  # the client has gone
             return
         if isinstance(result, BaseException):
@@ -200,7 +209,11 @@ class Writer:
     def _gather(self) -> list[_Pending]:
         gathered = [self._queue.popleft()]
         rows = gathered[0].rows
-        while self._queue and rows + self._queue[0].rows <= self._settings.writer_flush_rows:
+        while (
+            self._queue
+            and not (gathered[0].write.dry_run or self._queue[0].write.dry_run)
+            and rows + self._queue[0].rows <= self._settings.writer_flush_rows
+        ):
             gathered.append(self._queue.popleft())
             rows += gathered[-1].rows
         self._waiting_rows -= rows

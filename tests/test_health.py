@@ -18,7 +18,7 @@ from tests.conftest import Lane, running
 COMMUNITY = Capability.of(("18.6", "2.29.2", "timescale"))
 APACHE = Capability.of(("18.6", "2.29.2", "apache"))
 PLAIN = Capability.of(("18.6", None, None))
-GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp"], 7, "0003")
+GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp"], 7, "0004")
 
 
 class Looking(SystemRepository):
@@ -37,7 +37,7 @@ class Looking(SystemRepository):
 
 async def verdict(shown: Observation | Exception, required: str = "community") -> Report:
     settings = Settings(_env_file=None, require_timescaledb=required)
-    return await Health(Looking(shown), settings, "0003").report()
+    return await Health(Looking(shown), settings, "0004").report()
 
 
 def change(**fields: Any) -> Observation:
@@ -75,7 +75,7 @@ async def test_verdicts(
 
 async def test_many_probes_share_one_look() -> None:
     looking = Looking(GOOD)
-    health = Health(looking, Settings(_env_file=None), "0003")
+    health = Health(looking, Settings(_env_file=None), "0004")
     for _ in range(5):
         await health.report()
     assert looking.looks == 1
@@ -112,7 +112,7 @@ async def test_health_of_a_database_that_went_away(lane: Lane) -> None:
     settings = lane.make_settings()
     nowhere = Database("postgresql://nobody@127.0.0.1:1/none", settings)
     began = time.monotonic()
-    report = await Health(SystemRepository(nowhere), settings, "0003").report()
+    report = await Health(SystemRepository(nowhere), settings, "0004").report()
     assert report.status == "unhealthy"
     assert time.monotonic() - began < 10
     assert "postgresql://" not in str(report.to_dict())

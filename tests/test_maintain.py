@@ -94,7 +94,7 @@ async def test_show(store: Store) -> None:
     level = store.database.capability.level
     assert shown["level"] == str(level)
     names = [table["name"] for table in shown["tables"]]
-    assert names[:2] == ["quotes.real_time", "quotes.latest"]
+    assert names[:3] == ["quotes.real_time", "quotes.latest", "quotes.receipts"]
     assert all(table["bytes"] > 0 for table in shown["tables"])
     if level >= Level.APACHE:
         assert shown["chunks"]["total"] == shown["chunks"]["by_state"]["rowstore"] == 2

@@ -53,7 +53,9 @@ async def test_up_down_up_leaves_nothing_behind(lane: Lane, empty_url: str) -> N
     before = await catalog(empty_url)
     await migrate(empty_url, settings)
     first = await catalog(empty_url)
-    assert {"quotes.real_time", "quotes.latest", "quotes.ohlc_1m", "quotes.daily_summary"} <= {row[1] for row in first}
+    assert {"quotes.real_time", "quotes.latest", "quotes.receipts", "quotes.ohlc_1m", "quotes.daily_summary"} <= {
+        row[1] for row in first
+    }
     await migrate(empty_url, settings)
     assert await catalog(empty_url) == first, "a second upgrade changes nothing"
     await downgrade(empty_url, settings)
@@ -69,9 +71,9 @@ def _shape(rows: list[tuple[Any, ...]]) -> set[tuple[str, ...]]:
 
 async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
     settings = lane.make_settings()
-    for revision in ("0001", "0002", "0003"):
+    for revision in ("0001", "0002", "0003", "0004"):
         await migrate(empty_url, settings, revision)
-    for revision in ("0002", "0001", "base"):
+    for revision in ("0003", "0002", "0001", "base"):
         await downgrade(empty_url, settings, revision)
     with pytest.raises(StartupError, match="nowhere"):
         await migrate(empty_url, settings, "nowhere")

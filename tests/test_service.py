@@ -181,7 +181,7 @@ def test_a_result_is_reported_to_a_supervisor(serve: Serve, shared_dir: Path) ->
 
 def test_migrating_on_the_command_line(shared_dir: Path) -> None:
     data = str(shared_dir / "migrated")
-    assert "The schema is at 0003" in command("migrate", "--data-dir", data).stderr
+    assert "The schema is at 0004" in command("migrate", "--data-dir", data).stderr
     assert "The schema is at base" in command("migrate", "base", "--down", "--data-dir", data).stderr
     unknown = command("migrate", "9999", "--data-dir", data)
     assert unknown.returncode == 1

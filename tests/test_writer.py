@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from app.batch import Batch
-from app.errors import Conflict, DatabaseUnavailable, Overloaded, QuotesError, ServiceStopping
+from app.errors import Conflict, DatabaseUnavailable, IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
 from app.model import Receipt
 from app.repository.ingest import Write
+from app.repository.receipts import IdempotencyKey
 from app.settings import Settings
 from app.writer import Writer
 
@@ -220,3 +221,37 @@ async def test_bodies_that_are_being_read_take_room_from_the_queue() -> None:
             with pytest.raises(Overloaded):
                 await writer.submit(write(59))
         assert (await writer.submit(write(59))).inserted == 59
+
+
+async def test_a_key_in_the_queue_is_in_use() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        keyed = [write(), write()]
+        for one in keyed:
+            one.idempotency = IdempotencyKey("key", b"")
+        first = asyncio.create_task(writer.submit(keyed[0]))
+        waiting = asyncio.create_task(writer.submit(write()))
+        await settle()
+        first.cancel()  # its client goes, its quotes are written all the same
+        await settle()
+        second = asyncio.create_task(writer.submit(keyed[1]))
+        await settle()
+        gate.open.set()
+        with pytest.raises(IdempotencyKeyInUse):
+            await second
+        await waiting
+        assert (await writer.submit(keyed[1])).inserted == 1, "answered, it is free again"
+
+
+async def test_a_dry_run_has_a_transaction_of_its_own() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        first = asyncio.create_task(writer.submit(write()))
+        await settle()
+        waiting = [write() for _ in range(5)]
+        waiting[2].dry_run = True
+        tasks = [asyncio.create_task(writer.submit(one)) for one in waiting]
+        await settle()
+        gate.open.set()
+        await asyncio.gather(first, *tasks)
+    assert gate.flushes == [1, 2, 1, 2]

@@ -279,6 +279,6 @@ def json_response(text: str, headers: dict[str, str] | None = None) -> Response:
     return Response(text.encode(), headers=headers, media_type="application/json")
 
 
-def encoded(value: Any, status: int = 200) -> Response:
+def encoded(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A small value as JSON."""
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

@@ -19,6 +19,7 @@ from app.batch import Batch, joined
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
 from app.model import SCHEMA, TICK, OnConflict, OnError, Receipt
+from app.repository.receipts import IdempotencyKey, Receipts
 from app.settings import Settings
 
 _Result = TypeVar("_Result")
@@ -79,11 +80,16 @@ WHERE excluded.timestamp >= held.timestamp OR excluded.first_timestamp < held.fi
 
 @dataclass(slots=True)
 class Write:
-    """One request to write: a batch, and what to do with keys that are stored already."""
+    """One request to write: a batch, and what to do with keys that are stored already.
+
+    With an `idempotency` key it is stored once, however often it is sent; a `dry_run` is stored not at all.
+    """
 
     batch: Batch
     on_conflict: OnConflict = "update"
     on_error: OnError = "abort"
+    idempotency: IdempotencyKey | None = None
+    dry_run: bool = False
 
 
 class Ingest:
@@ -95,43 +101,85 @@ class Ingest:
         #: Whether the last transaction met keys that were stored already.
         self._repeats = False
         self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
+        self._receipts = Receipts(settings.idempotency_expiry)
 
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
         """Store several requests in one transaction; the result of each, in order.
 
-        A request that cannot be stored gets its error and harms no other one.
+        A request that cannot be stored gets its error and harms no other one. The result of a key whose receipt
+        is kept is `Replayed`. A dry run comes alone: it is stored, counted and rolled back.
 
         Raises:
             DatabaseUnavailable: nothing of any request was stored.
             OutcomeUnknown: the connection broke while committing.
         """
-        return await self._transaction(lambda connection: self._store(connection, writes))
+
+        async def store(connection: Connection) -> list[Receipt | QuotesError]:
+            keys = [write.idempotency for write in writes]
+            if not any(keys):
+                return await self._store(connection, writes)
+            answers = await self._receipts.claim(connection, keys)
+            fresh = [i for i in range(len(writes)) if i not in answers]
+            # What was locked after a savepoint is unlocked with it, so `_copy` goes back to one from after the claim.
+            await connection.execute("SAVEPOINT fresh")
+            answers.update(zip(fresh, await self._store(connection, [writes[i] for i in fresh]), strict=True))
+            kept = [(key, receipt) for i in fresh if (key := keys[i]) and isinstance(receipt := answers[i], Receipt)]
+            await self._receipts.keep(connection, kept)
+            return [answers[i] for i in range(len(writes))]
+
+        if any(write.dry_run for write in writes):
+            results, _ = await self._transaction(lambda connection: self._try(connection, writes), end="ROLLBACK")
+            return results
+        return await self._transaction(store)
+
+    async def replay(self, key: IdempotencyKey) -> Receipt | None:
+        """The receipt that is kept under the key, or None if the key is free; changes nothing.
+
+        Raises:
+            IdempotencyKeyInUse: the request with the key is being written.
+            IdempotencyKeyReused: the key belongs to another request.
+            DatabaseUnavailable: no connection, or it broke.
+        """
+        answers = await self._transaction(lambda connection: self._receipts.claim(connection, [key]), end="ROLLBACK")
+        answer = answers.get(0)
+        if isinstance(answer, QuotesError):
+            raise answer
+        return answer
 
     async def _store(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
-        rows = joined([write.batch for write in writes])
-        results: list[Receipt | QuotesError]
-        if not self._repeats and await self._copy(connection, rows):
-            results = [write.batch.receipt(inserted=len(write.batch)) for write in writes]
-        else:
-            results = await self._merge(connection, writes)
-            stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
-            if len(stored) < len(writes):
-                rows = joined(stored)
+        if not writes:
+            return []
+        results, rows = await self._try(connection, writes)
         await self._update_latest(connection, rows)
         return results
 
-    async def _transaction(self, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
+    async def _try(
+        self, connection: Connection, writes: Sequence[Write]
+    ) -> tuple[list[Receipt | QuotesError], pa.RecordBatch]:
+        """Write the rows; also gives those that were stored, of which `quotes.latest` does not know yet."""
+        rows = joined([write.batch for write in writes])
+        if not self._repeats and await self._copy(connection, rows):
+            return [write.batch.receipt(inserted=len(write.batch)) for write in writes], rows
+        results = await self._merge(connection, writes)
+        stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
+        return results, rows if len(stored) == len(writes) else joined(stored)
+
+    async def _transaction(
+        self, work: Callable[[Connection], Awaitable[_Result]], end: Literal["COMMIT", "ROLLBACK"] = "COMMIT"
+    ) -> _Result:
         """Do `work` in a transaction, again if it fell victim to a deadlock, in which case nothing of it was done."""
         for attempt in range(1, _ATTEMPTS + 1):
             async with self._database.acquire() as connection:
                 try:
-                    return await self._attempt(connection, work)
+                    return await self._attempt(connection, work, end)
                 except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
                     if attempt == _ATTEMPTS:
                         raise
         raise AssertionError("unreachable")
 
-    async def _attempt(self, connection: Connection, work: Callable[[Connection], Awaitable[_Result]]) -> _Result:
+    async def _attempt(
+        self, connection: Connection, work: Callable[[Connection], Awaitable[_Result]], end: str
+    ) -> _Result:
         # One message: three round trips less a flush.
         await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
         try:
@@ -141,9 +189,9 @@ class Ingest:
                 await connection.execute("ROLLBACK")
             raise
         try:
-            await connection.execute("COMMIT")
+            await connection.execute(end)
         except Exception as error:
-            if connection_lost(error):
+            if end == "COMMIT" and connection_lost(error):
                 raise OutcomeUnknown(
                     "The connection broke while committing; sending the same again is harmless."
                 ) from error

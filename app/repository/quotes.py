@@ -54,6 +54,7 @@ from app.repository.ranges import (
     per_symbol,
     spans,
 )
+from app.repository.receipts import IdempotencyKey
 from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN
 from app.settings import Settings
 
@@ -144,6 +145,10 @@ class QuoteRepository:
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
         """Store several requests in one transaction, as `Ingest.write`."""
         return await self._ingest.write(writes)
+
+    async def replay(self, key: IdempotencyKey) -> Receipt | None:
+        """The receipt that is kept under a key, as `Ingest.replay`."""
+        return await self._ingest.replay(key)
 
     async def delete_quotes(self, symbol: str, start: datetime, end: datetime) -> int:
         """Delete a symbol's quotes with `start <= timestamp < end` (aware); how many they were.

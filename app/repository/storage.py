@@ -188,7 +188,7 @@ class StorageRepository:
                 relations = [_hypertable("quotes.real_time", found, compressed)]
             else:
                 relations = [await _table(connection, "quotes.real_time")]
-            relations.append(await _table(connection, "quotes.latest"))
+            relations += [await _table(connection, name) for name in ("quotes.latest", "quotes.receipts")]
             rollups = []
             if community:
                 first, last = await connection.fetchrow(_ENDS) or (None, None)

@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, logs, maintain
+from app import __version__, logs, maintain, traces
 from app import demo as market
 from app import load as loading
 from app.client import DEFAULT_URL
@@ -91,6 +91,7 @@ def serve(
     """Run the service. Without QUOTES_DATABASE_URL it brings its own PostgreSQL, whose data stay."""
     settings = _settings(host=host, port=port, data_dir=data_dir)
     logs.configure(settings)
+    traces.check(settings)
     with ExitStack() as stack:
         environment = {} if settings.data_dir is None else {"QUOTES_DATA_DIR": str(settings.data_dir)}
         if workers > 1:

@@ -11,6 +11,7 @@ import traceback
 from typing import Any, Final, TextIO
 
 import structlog
+from opentelemetry.trace import format_span_id, format_trace_id, get_current_span
 from structlog.typing import EventDict, ExcInfo
 
 from app.settings import Settings
@@ -42,6 +43,8 @@ def configure(settings: Settings) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    if settings.otlp_endpoint is not None:
+        shared.append(_trace)
     rendering: list[Any] = [_printable if console else structlog.processors.format_exc_info, renderer]
     # Lines of the service do not pass through the standard library, which would take 10 of 18 us.
     structlog.configure(
@@ -69,12 +72,21 @@ def configure(settings: Settings) -> None:
     logging.getLogger("uvicorn.error").addFilter(lambda record: "app.errors." not in record.getMessage())
     logging.getLogger("alembic.runtime.plugins").setLevel("WARNING")
     # At lower levels these log addresses, headers and statements, and with them what is secret.
-    for name in ("asyncio", "httpcore", "httpx", "sqlalchemy", "urllib3"):
+    for name in ("asyncio", "httpcore", "httpx", "opentelemetry", "sqlalchemy", "urllib3"):
         logging.getLogger(name).setLevel("WARNING")
 
 
 def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
+
+
+def _trace(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Name the trace and the span that a line belongs to."""
+    context = get_current_span().get_span_context()
+    if context.is_valid:
+        event["trace_id"] = format_trace_id(context.trace_id)
+        event["span_id"] = format_span_id(context.span_id)
+    return event
 
 
 def _printable(_logger: Any, _method: str, event: EventDict) -> EventDict:

@@ -13,14 +13,14 @@ import structlog
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import metrics
+from app import metrics, traces
 from app.api import problems
 
 log = structlog.get_logger("app.access")
 
 _GIVEN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked for by machines all day: logged when debugging, and not counted.
-_QUIET: Final = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
+QUIET: Final = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -40,7 +40,7 @@ class Observed:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         method = scope["method"]
-        counted = scope["path"] not in _QUIET
+        counted = scope["path"] not in QUIET
         status = 499  # the client went before an answer began
         answered = False
         body_bytes = 0
@@ -55,6 +55,7 @@ class Observed:
             nonlocal status, answered
             if message["type"] == "http.response.start":
                 status, answered = message["status"], True
+                traces.note_request(request_id, state.get("rows"))  # the span ends with the response
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 

@@ -1,6 +1,7 @@
 """What is counted: by one process and by several, also when one of them dies; how late quotes were; the pools."""
 
 import asyncio
+import dataclasses
 import math
 import os
 import re
@@ -21,11 +22,12 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import metrics
+from app.db.capability import Capability
 from app.db.engine import Database
 from app.errors import DatabaseUnavailable, QuotesError
 from app.main import create_app
 from app.monitor import Monitor
-from app.repository.storage import StorageRepository
+from app.repository.storage import Job, Storage, StorageRepository
 from app.settings import Settings
 from tests.conftest import Lane, Serve, Service, running
 
@@ -264,6 +266,21 @@ async def test_a_look_shows_room_and_freshness(lane: Lane, symbol: str) -> None:
     capacity = look.size + 10**12
     await Monitor(StorageRepository(database), lane.make_settings(storage_capacity=capacity), _nothing).storage()
     assert 0 <= 10**12 - here("quotes_storage_free_bytes") < 10**9
+    await database.close()
+
+
+async def test_a_job_that_was_removed_is_not_overdue_for_ever(lane: Lane) -> None:
+    settings = lane.make_settings()
+    database = Database(lane.url, settings)
+    monitor = Monitor(StorageRepository(database), settings, _nothing)
+    hour = timedelta(hours=1)
+    now = datetime.now(UTC)
+    job = Job("gone", 1, True, hour, now, now, "Success", 1, 0, now)
+    look = Storage(Capability.of(("18.6", None, None)), 0, None, [], [], [], [job])
+    monitor._show(look)
+    assert here("timescaledb_job_schedule_interval_seconds", job="gone") == 3600
+    monitor._show(dataclasses.replace(look, jobs=[]))
+    assert math.isnan(here("timescaledb_job_schedule_interval_seconds", job="gone"))
     await database.close()
 
 

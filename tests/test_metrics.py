@@ -92,7 +92,7 @@ def test_workers_count_together_and_no_counter_goes_back_when_one_dies(
             assert httpx.post(f"{url}/v1/quotes", json=rows, timeout=30).status_code == 200
             made += 1
 
-    environment = {"QUOTES_LOG_FORMAT": "json", "TMPDIR": str(shared_dir)}
+    environment = {"QUOTES_LOG_FORMAT": "json", "QUOTES_MONITOR_INTERVAL": "1 s", "TMPDIR": str(shared_dir)}
     with serve(shared_dir / "counted", "--workers", "2", **environment) as service:
         before: Series = {}
         for round_ in range(4):
@@ -119,6 +119,14 @@ def test_workers_count_together_and_no_counter_goes_back_when_one_dies(
         assert len(seen) == 4, "both had been replaced"
         assert {re.sub(r".*(worker\d+).*", r"\1", name) for name in files} == {"worker0", "worker1", "leader.lock"}
         assert len(files) == 2 * 6 + 1, files
+        # Each worker there was at first is dead, and so is the one that looked at the store.
+        rows = [{"symbol": symbol, "timestamp": "2026-11-21T00:00:00Z", "price": 1}]
+        assert httpx.post(f"{service.url}/v1/quotes", json=rows, timeout=30).status_code == 200
+        made += 1
+        deadline = time.monotonic() + 30
+        while value(scraped(service.url), "quotes_latest_quote_timestamp_seconds") != 1_795_219_200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         # A worker that is retired takes its gauges along.
         service.process.send_signal(signal.SIGTTOU)
         deadline = time.monotonic() + 30

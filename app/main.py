@@ -75,11 +75,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "auto_configure": False,
         },
     )
-    Instrumentator().expose(app, include_in_schema=False)
     app.add_middleware(Observed)
     problems.install(app)
     for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
+    Instrumentator().expose(app, include_in_schema=False)  # last: routes are tried in turn
     _declare(app)
     return app
 

@@ -221,9 +221,11 @@ for _class in ("connection", "pool"):
 def observe_arrival(times: pa.Array, arrived: float) -> None:
     """Note how old the rows of a batch were at `arrived`, in seconds since 1970.
 
-    `times` are the batch's timestamps in microseconds, at least one and none of them null. 2 us for one row, 20 us
-    for 10,000, some of them late.
+    `times` are the batch's timestamps in microseconds, none of them null; there are none if every row was refused.
+    2 us for one row, 20 us for 10,000, some of them late.
     """
+    if not len(times):
+        return
     late = int((arrived - LATE) * 1e6)
     if len(times) <= _SMALL:
         # A third of what the kernels cost for any number.

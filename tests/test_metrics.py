@@ -167,6 +167,8 @@ async def test_a_request_is_counted_by_what_it_asked_and_brought(lane: Lane, sym
         await client.get(f"/v1/{symbol}")
         await client.request("PURGE", "/v1/quotes")
         await client.get("/health/live")
+        nothing = await client.post("/v1/quotes", params={"on_error": "skip"}, json=[{**body[0], "price": -1}])
+        assert (nothing.status_code, len(nothing.json()["rejected"])) == (200, 1)
         after = parsed((await client.get("/metrics")).text)
 
     def grown(name: str, **labels: str) -> float:
@@ -174,11 +176,12 @@ async def test_a_request_is_counted_by_what_it_asked_and_brought(lane: Lane, sym
         return value(after, name, **labels) - (0 if math.isnan(found) else found)
 
     requests = "quotes_http_requests_total"
-    assert grown(requests, handler="/v1/quotes", method="POST", code="200") == 2
+    assert grown(requests, handler="/v1/quotes", method="POST", code="200") == 3
     assert grown(requests, handler="none", method="GET", code="404") == 1
     assert grown(requests, handler="/v1/quotes", method="other", code="405") == 1
-    assert grown("quotes_http_request_body_bytes_count") == 2
-    assert grown("quotes_http_request_body_bytes_sum") == 2 * int(sent.request.headers["content-length"])
+    assert grown("quotes_http_request_body_bytes_count") == 3
+    received = sum(int(answer.request.headers["content-length"]) for answer in (sent, sent, nothing))
+    assert grown("quotes_http_request_body_bytes_sum") == received
     assert grown("quotes_ingest_event_lag_seconds_count") == 2
     assert 0 <= grown("quotes_ingest_event_lag_seconds_sum") < 60
     assert grown("quotes_ingest_late_rows_total") == 4

@@ -5,7 +5,7 @@ it was measured, because zero would be a figure.
 """
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 import pyarrow as pa
@@ -226,15 +226,17 @@ def observe_arrival(times: pa.Array | list[datetime], arrived: float) -> None:
     """
     if not len(times):
         return
-    late = arrived - LATE
+    late = datetime.fromtimestamp(arrived - LATE, UTC)
+    late_rows = 0
     if isinstance(times, list):
-        seconds = [moment.timestamp() for moment in times]
-        newest, late_rows = max(seconds), sum(at < late for at in seconds)
+        newest = max(times).timestamp()
+        if min(times) < late:
+            late_rows = sum(moment < late for moment in times)
     else:
         ends = pc.min_max(times)
-        newest, late_rows = ends["max"].value / 1e6, 0
-        if ends["min"].value / 1e6 < late:
-            late_rows = pc.sum(pc.less(times, pa.scalar(int(late * 1e6), times.type))).as_py()
+        newest = ends["max"].value / 1e6
+        if ends["min"].value / 1e6 < arrived - LATE:
+            late_rows = pc.sum(pc.less(times, pa.scalar(late, times.type))).as_py()
     # A clock that runs ahead is no negative lag.
     INGEST_LAG_SECONDS.observe(max(0.0, arrived - newest))
     if late_rows:

@@ -150,6 +150,13 @@ class Batch:
         """The position of each row in the request."""
         return self.columns.column("index")
 
+    @property
+    def timestamps(self) -> Any:
+        """The time of each row in UTC: a list while the rows are few, else an Arrow column."""
+        if self._records is not None:
+            return [record[1] for record in self._records]
+        return self.columns.column("timestamp")
+
     def receipt(
         self, *, inserted: int, updated: int = 0, unchanged: int = 0, conflicts: Sequence[Rejection] = ()
     ) -> Receipt:

@@ -3,6 +3,7 @@
 Invariant: nothing else in the project reads the environment, and reading settings has no side effect.
 """
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,12 @@ def _retention(value: object) -> object:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+
+
+def metrics_directory() -> Path | None:
+    """Where several processes share their metrics. `serve --workers` makes it, and prometheus_client asks for it."""
+    value = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return None if value is None else Path(value)
 
 
 class Settings(BaseSettings):
@@ -104,6 +111,13 @@ class Settings(BaseSettings):
         default=timedelta(seconds=30), description="Time between two looks at the store for metrics. 0: none."
     )
 
+    storage_capacity: int | None = Field(
+        default=None,
+        gt=0,
+        description="Bytes that the database may fill, for `quotes_storage_free_bytes`. "
+        "Unset: unknown, but of the embedded PostgreSQL what is free on its volume.",
+    )
+
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Largest request body in bytes.")
     max_batch_rows: int = Field(default=100_000, ge=1, description="Most quotes in one request.")
     max_batch_days: int = Field(
@@ -136,6 +150,10 @@ class Settings(BaseSettings):
         default=None,
         description="Bearer token of requests that delete quotes. Unset: they are all refused.",
     )
+    otlp_endpoint: SecretStr | None = Field(
+        default=None,
+        description="Base URL of an OpenTelemetry collector that takes OTLP over HTTP; needs the extra `otel`.",
+    )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="Log lines for people, for machines, or by whether stderr is a terminal."
     )
@@ -150,6 +168,15 @@ class Settings(BaseSettings):
         if parts.scheme not in {"postgresql", "postgres"}:
             msg = f"must be a plain postgresql:// URL, not {parts.scheme or 'a bare name'}://"
             raise ValueError(msg)
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _http_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value().strip():
+            return None
+        if urlsplit(value.get_secret_value()).scheme not in {"http", "https"}:
+            raise ValueError("must be an http:// or https:// URL")
         return value
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ when its client has gone, the database fails or the service stops.
 """
 
 import asyncio
+import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,8 +16,9 @@ from types import TracebackType
 from typing import Final, Self
 
 import structlog
+from opentelemetry.trace import SpanContext, Tracer
 
-from app import metrics
+from app import metrics, traces
 from app.errors import IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
 from app.model import Receipt
 from app.repository.ingest import Write
@@ -38,6 +40,7 @@ class _Pending:
     write: Write
     rows: int
     nbytes: int
+    context: SpanContext
     result: "asyncio.Future[Receipt]"
     since: float = field(default_factory=time.perf_counter)
 
@@ -75,7 +78,8 @@ class Writer:
     Use as an async context manager: leaving it drains the queue, for `drain_timeout` at most.
     """
 
-    def __init__(self, flush: Flush, settings: Settings) -> None:
+    def __init__(self, flush: Flush, settings: Settings, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._flush = flush
         self._settings = settings
         self._queue: deque[_Pending] = deque()
@@ -87,6 +91,7 @@ class Writer:
         self._due: asyncio.Handle | None = None
         self._stopping = False
         self._flushes: set[asyncio.Task[None]] = set()
+        metrics.WRITER_QUEUE_LIMIT.set(settings.writer_queue_rows)
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,15 +144,16 @@ class Writer:
         if self._rows and self._rows + rows > settings.writer_queue_rows:
             raise self._overloaded()
         self._take(nbytes)
-        pending = _Pending(write, rows, nbytes, asyncio.get_running_loop().create_future())
+        pending = _Pending(write, rows, nbytes, traces.request_context(), asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         self._waiting_rows += rows
         if key is not None:
             self._keys.add(key)
         self._account(rows)
         if len(self._flushes) < settings.writer_flushes and (self._due is None or self._waiting_rows >= _WORTH_ROWS):
-            # One turn of the loop: requests that became ready together share the transaction.
-            self._due = asyncio.get_running_loop().call_soon(self._begin)
+            # One turn of the loop: requests that became ready together share the transaction, of none of which its
+            # context is.
+            self._due = asyncio.get_running_loop().call_soon(self._begin, context=contextvars.Context())
         return await pending.result
 
     def room(self) -> Room:
@@ -221,11 +227,13 @@ class Writer:
 
     async def _commit(self, gathered: list[_Pending]) -> None:
         began = time.perf_counter()
+        rows = sum(pending.rows for pending in gathered)
         for pending in gathered:
             metrics.WRITER_WAIT_SECONDS.observe(began - pending.since)
         results: Sequence[Receipt | BaseException]
         try:
-            results = await self._flush([pending.write for pending in gathered])
+            with traces.flush(self._tracer, [pending.context for pending in gathered], rows):
+                results = await self._flush([pending.write for pending in gathered])
         except asyncio.CancelledError:
             stopped = ServiceStopping("The service stopped while these quotes were being stored.")
             for pending in gathered:
@@ -242,7 +250,6 @@ class Writer:
                 return
             log.exception("flush failed")
             results = [error]
-        rows = sum(pending.rows for pending in gathered)
         elapsed = time.perf_counter() - began
         metrics.WRITER_FLUSH_ROWS.observe(rows)
         metrics.WRITER_FLUSH_SECONDS.observe(elapsed)

@@ -1,6 +1,7 @@
 """Quotes in, and quotes out: by range, newest, by day, counted."""
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from datetime import date as calendar_day
 from typing import Annotated, Any, Final, Literal
@@ -248,6 +249,7 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
     name = idempotency_key(request)
     codec = formats.reader(request.headers.get("content-type"))
     body = await read_body(request, wired.settings)
+    arrived = time.time()
     large = len(body) > _INLINE_BYTES
     key = None
     if name is not None and not query.dry_run:
@@ -262,7 +264,10 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
         if key is not None and (receipt := await wired.quotes.replay(key)) is not None:
             return receipt
         raise
-    return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, key, query.dry_run))
+    receipt = await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, key, query.dry_run))
+    if not query.dry_run and not isinstance(receipt, Replayed):
+        metrics.observe_arrival(batch.timestamps, arrived)
+    return receipt
 
 
 @router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))

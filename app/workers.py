@@ -1,0 +1,83 @@
+"""The place of this process among the server's workers, and the files of its metrics.
+
+prometheus_client shares metrics between processes in one file for each process and kind of metric, and sums them up
+at a scrape. By process id these files would pile up with every worker that dies, and the gauges of the dead would
+count on. So a worker takes the lowest place that is free, by a lock that the kernel drops when it dies, and continues
+the counters of whoever had it before. Invariant: there are never more files than there were workers at once, and no
+counter goes back when a worker is replaced.
+"""
+
+import fcntl
+import os
+from itertools import count
+from pathlib import Path
+from typing import IO, Final
+
+from prometheus_client import values
+
+from app.settings import metrics_directory
+
+_directory: Final = metrics_directory()
+
+
+def _locked(file: Path) -> IO[bytes] | None:
+    """The file, locked as long as it is open; None if another process has it."""
+    lock = file.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+class _Place:
+    """Names the place of the process that calls it, and takes one first where there is none, as after a fork."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._process: int | None = None
+        self._lock: IO[bytes] | None = None
+
+    def __call__(self) -> str:
+        if self._process != os.getpid() and _directory is not None:
+            self._take(_directory)
+        return f"worker{self._number}"
+
+    def _take(self, directory: Path) -> None:
+        if self._lock is not None:
+            self._lock.close()  # the parent's copy stays open, and with it the lock
+        for number in count():
+            lock = _locked(directory / f"worker{number}.lock")
+            if lock is not None:
+                self._number, self._lock, self._process = number, lock, os.getpid()
+                break
+        # What a gauge said of the process that is gone, it does not say of this one.
+        clear_gauges()
+
+
+_place: Final = _Place()
+_leading: Final[list[IO[bytes]]] = []
+
+
+def share_metrics() -> None:
+    """Make the metrics that are declared from now on use this process's place, where processes share them."""
+    if _directory is not None:
+        values.ValueClass = values.MultiProcessValue(_place)  # type: ignore[no-untyped-call]
+
+
+def leads() -> bool:
+    """Whether this process does what one worker does for all: whoever asked first, until it dies."""
+    if _directory is not None and not _leading:
+        lock = _locked(_directory / "leader.lock")
+        if lock is None:
+            return False
+        _leading.append(lock)
+    return True
+
+
+def clear_gauges() -> None:
+    """Take the gauges of this place out of what is scraped, because a process began here or is about to end."""
+    if _directory is not None:
+        for file in _directory.glob(f"gauge_*_{_place()}.db"):
+            file.unlink(missing_ok=True)

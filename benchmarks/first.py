@@ -8,19 +8,18 @@ Reads: 600 quotes of one symbol, the newest quote of one symbol, and that of all
 by the service's own statement on a bare asyncpg connection; and by the statement that one would write by hand in an
 afternoon, on another. All are checked to give the same quotes before any is timed.
 
-The client is this process: blocking sockets that stay open, requests encoded beforehand, answers checked
-afterwards. It shares the machine with the service and the database, so what it consumes is shown beside theirs.
+The client is this process: connections that stay open, requests encoded beforehand, answers checked afterwards. It
+shares the machine with the service and the database, so what it consumes is shown beside theirs.
 """
 
 import asyncio
 import gc
 import json
-import resource
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -42,6 +41,8 @@ from app.errors import QuotesError
 from app.model import FIELDS, rfc3339
 from app.repository.quotes import QuoteRepository, Range
 from app.settings import Settings
+from benchmarks.client import HttpConnection, get, post, send_all
+from benchmarks.rivals import of_service
 from benchmarks.side_by_side import (
     QUANTILES,
     BenchmarkError,
@@ -54,23 +55,11 @@ from benchmarks.side_by_side import (
     quantile,
     ratio,
 )
-from benchmarks.target import (
-    HttpConnection,
-    Target,
-    copy_file,
-    cpu_seconds,
-    get,
-    memory_bytes,
-    post,
-    running_target,
-    send_all,
-)
+from benchmarks.target import Target, memory_bytes, running_target
+from benchmarks.ticks import SEED, SYMBOLS, Ticks
+from benchmarks.turns import BUSY, PSQL, WHO, Turn, Turns, acknowledged, cost, mebibytes
 
 FLOOR: Final = 50_000
-SYMBOLS: Final = [f"SYM{i:02}" for i in range(50)]
-SEED: Final = 20_261_120
-#: Time between quotes: of ingest as in a busy hour, of the history such that it fills some days.
-BUSY: Final = 10_000.0
 HISTORY_SPAN: Final = timedelta(days=5)
 CHUNK: Final = 200_000
 RANGE_ROWS: Final = 600
@@ -78,10 +67,8 @@ RANGE_ROWS: Final = 600
 RANGE_SPAN_ROWS: Final = 900
 #: A statement that takes long is called less often.
 TURN_SECONDS: Final = 3.0
-WHO: Final = ("service", "PostgreSQL", "client")
 COLUMNS: Final = ", ".join(FIELDS)
 
-PSQL: Final = r"psql \copy"
 READS: Final = (
     "Reads, one at a time: `HTTP` on a kept connection, body unparsed; `repository` is the same call without HTTP;"
     " `same statement` is the repository's SQL on a bare asyncpg connection set up alike; `plain SELECT` is the SQL of"
@@ -92,62 +79,6 @@ SERVICE: Final = "HTTP"
 REPOSITORY: Final = "repository"
 SAME: Final = "same statement"
 PLAIN: Final = "plain SELECT"
-
-
-class Ticks:
-    """A seeded market: which symbol ticks, and at what; the same quotes can be had at any time."""
-
-    def __init__(self, rows: int) -> None:
-        random = Random(SEED)
-        price = {symbol: random.randrange(2_000, 80_000) for symbol in SYMBOLS}
-        self._rows: list[tuple[str, float, str, str]] = []
-        for _ in range(rows):
-            symbol = random.choice(SYMBOLS)
-            last = price[symbol] = max(100, price[symbol] + random.randint(-3, 3))
-            bid, ask = last - random.randint(0, 2), last + random.randint(1, 3)
-            values = [f"{ticks // 100}.{ticks % 100:02}" for ticks in (last, bid, ask)]
-            values += [str(100 * random.randint(1, 40)) for _ in range(2)] + [str(random.randint(1, 5_000))]
-            members = ",".join(f'"{name}":{value}' for name, value in zip(FIELDS[2:8], values, strict=True))
-            # Short of a whole step, or two quotes of a symbol might fall together.
-            self._rows.append((symbol, 0.9 * random.random(), f'{members},"source":"feed"', f"{','.join(values)},feed"))
-
-    def bodies(self, start: datetime, rows: range, step: float, batch: int) -> Iterator[bytes]:
-        """Quotes as JSON bodies of `batch` each; `step` is the microseconds between quotes."""
-        for first in range(rows.start, rows.stop, batch):
-            part = range(first, min(first + batch, rows.stop))
-            quotes = (
-                f'{{"symbol":"{symbol}","timestamp":"{at}Z",{members}}}'
-                for symbol, at, members, _ in self._at(start, part, step)
-            )
-            yield f'{{"quotes":[{",".join(quotes)}]}}'.encode()
-
-    def csv(self, start: datetime, rows: range, step: float) -> str:
-        """Quotes as lines of CSV."""
-        return "".join(f"{symbol},{at}Z,{values}\n" for symbol, at, _, values in self._at(start, rows, step))
-
-    def _at(self, start: datetime, rows: range, step: float) -> Iterator[tuple[str, str, str, str]]:
-        naive = start.replace(tzinfo=None)
-        for i in rows:
-            symbol, jitter, members, values = self._rows[i % len(self._rows)]
-            at = naive + timedelta(microseconds=int((i + jitter) * step))
-            yield symbol, at.isoformat(timespec="microseconds"), members, values
-
-
-@dataclass(frozen=True, slots=True)
-class Ingest:
-    """One turn of ingest."""
-
-    rows: int
-    seconds: float
-    latencies_ms: list[float]
-    #: By whom; None where the system does not tell.
-    cpu_seconds: dict[str, float | None]
-    service_rss: int | None
-
-    @property
-    def rate(self) -> float:
-        """Quotes a second."""
-        return self.rows / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +101,12 @@ class Bench:
         self._admin = admin
         self._progress = progress
         self._task = progress.add_task("", total=None)
-        self._ticks = Ticks(options.rows)
-        self._span = timedelta(microseconds=options.rows * BUSY)
-        turns = (options.rounds + 1) * 3
-        self._slot = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - turns * self._span
-        self._history = self._slot - HISTORY_SPAN
+        self._ticks = Ticks()
+        span = timedelta(microseconds=options.rows * BUSY)
+        start = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - (options.rounds + 1) * 3 * span
+        self._turns = Turns(target, admin, start, self._ticks)
+        self._service = of_service(target, admin)
+        self._history = start - HISTORY_SPAN
         self._history_step = HISTORY_SPAN / timedelta(microseconds=1) / options.history
         progress.update(self._task, total=(options.rounds + 1) * (3 + 3 * 4) + 1)
 
@@ -190,81 +122,19 @@ class Bench:
         self.announce(f"loading {self.options.history:,} quotes")
         for first in range(0, self.options.history, CHUNK):
             rows = range(first, min(first + CHUNK, self.options.history))
-            bodies = self._ticks.bodies(self._history, rows, self._history_step, 10_000)
-            await self._send(list(bodies), len(rows))
+            bodies = self._ticks.bodies("JSON", self._history, rows, self._history_step, 10_000)
+            requests = [post("/v1/quotes", body) for body in bodies]
+            acknowledged(await send_all(self.target.port, requests, self.options.clients), len(rows))
         await self._admin.execute("VACUUM (ANALYZE) quotes.real_time")
         await self._admin.execute("VACUUM (ANALYZE) quotes.latest")
 
-    async def ingest(self) -> dict[str, list[Ingest]]:
+    async def ingest(self) -> dict[str, list[Turn]]:
         """All turns of ingest."""
-        contenders: dict[str, Callable[[], Awaitable[Ingest]]] = {PSQL: self._ingest_psql}
+        rows, clients = self.options.rows, self.options.clients
+        contenders: dict[str, Callable[[], Awaitable[Turn]]] = {PSQL: partial(self._turns.copy, rows)}
         for batch in (10_000, 1_000):
-            contenders[_by(batch)] = partial(self._ingest_http, batch)
+            contenders[_by(batch)] = partial(self._turns.send, self._service, "JSON", batch, clients, rows)
         return await alternate(contenders, self.options.rounds, self.announce)
-
-    async def _ingest_psql(self) -> Ingest:
-        file = self.target.scratch / "quotes.csv"
-        async with self._slot_of_time() as start:
-            file.write_text(self._ticks.csv(start, range(self.options.rows), BUSY))
-            await self._settle()
-            with self._metered() as used:
-                began = time.perf_counter()
-                await copy_file(self.target, file, "quotes.real_time", FIELDS)
-                seconds = time.perf_counter() - began
-        return self._result(seconds, [1000 * seconds], used)
-
-    async def _ingest_http(self, batch: int) -> Ingest:
-        async with self._slot_of_time() as start:
-            bodies = list(self._ticks.bodies(start, range(self.options.rows), BUSY, batch))
-            await self._settle()
-            with self._metered() as used:
-                seconds, latencies = await self._send(bodies, self.options.rows)
-        return self._result(seconds, [1000 * latency for latency in latencies], used)
-
-    async def _send(self, bodies: Sequence[bytes], rows: int) -> tuple[float, list[float]]:
-        requests = [post("/v1/quotes", body) for body in bodies]
-        sending = asyncio.to_thread(send_all, self.target.port, requests, self.options.clients)
-        seconds, latencies, answers = await sending
-        inserted = sum(json.loads(answer)["inserted"] for answer in answers)
-        if inserted != rows:
-            raise BenchmarkError(f"{rows} quotes were sent and {inserted} acknowledged as inserted.")
-        return seconds, latencies
-
-    def _result(self, seconds: float, latencies: list[float], used: dict[str, float | None]) -> Ingest:
-        memory = memory_bytes(self.target.service)
-        return Ingest(self.options.rows, seconds, latencies, used, memory[0] if memory else None)
-
-    @asynccontextmanager
-    async def _slot_of_time(self) -> AsyncIterator[datetime]:
-        """A stretch of time without quotes; afterwards it holds all of a turn's."""
-        start, self._slot = self._slot, self._slot + self._span
-        yield start
-        stored = await self._admin.fetchval(
-            "SELECT count(*) FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2", start, self._slot
-        )
-        if stored != self.options.rows:
-            raise BenchmarkError(f"{self.options.rows} quotes were sent and {stored} are stored.")
-
-    async def _settle(self) -> None:
-        """Leave no work of one turn to the next; without the right to a checkpoint, do without."""
-        with suppress(asyncpg.InsufficientPrivilegeError):
-            await self._admin.execute("CHECKPOINT")
-        gc.collect()
-
-    @contextmanager
-    def _metered(self) -> Iterator[dict[str, float | None]]:
-        used: dict[str, float | None] = {}
-        before = self._cpu()
-        gc.disable()
-        try:
-            yield used
-        finally:
-            gc.enable()
-            for who, now, then in zip(WHO, self._cpu(), before, strict=True):
-                used[who] = None if now is None or then is None else now - then
-
-    def _cpu(self) -> tuple[float | None, ...]:
-        return cpu_seconds(self.target.service), cpu_seconds(self.target.postmaster), _own_cpu()
 
     # --- reads ---
 
@@ -483,12 +353,6 @@ async def _timed(call: Callable[[int], Awaitable[object]], calls: int) -> list[f
     return took
 
 
-def _own_cpu() -> float:
-    """Processor time of this process and of those that it has waited for."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 # --- report ---
 
 
@@ -496,7 +360,7 @@ def _by(batch: int) -> str:
     return f"JSON by {batch:,}"
 
 
-def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int | None) -> list[Sheet]:
+def ingest_sheets(results: dict[str, list[Turn]], options: Options, peak: int | None) -> list[Sheet]:
     rates = {name: [run.rate for run in runs] for name, runs in results.items()}
     floor = Spread.of(rates[_by(10_000)])
     kept = "kept by every round" if floor.low >= FLOOR else "kept by the median" if floor.median >= FLOOR else "missed"
@@ -518,9 +382,9 @@ def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int 
             "The service acknowledges each batch after its commit.",
         ],
     )
-    cost = Sheet(
+    costs = Sheet(
         "Ingest: acknowledgement and cost",
-        ["", *(f"p{100 * q:.0f} ms" for q in QUANTILES), *(f"{who} CPU us/quote" for who in WHO), "service RSS MiB"],
+        ["", *(f"p{100 * q:.0f} ms" for q in QUANTILES), *(f"{who} CPU us/quote" for who in WHO), "server RSS MiB"],
         [
             [
                 name,
@@ -528,27 +392,17 @@ def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int 
                     "" if name == PSQL else f"{quantile([ms for run in runs for ms in run.latencies_ms], share):,.0f}"
                     for share in QUANTILES
                 ),
-                *(_cpu(runs, who) for who in WHO),
-                _mebibytes(runs[-1].service_rss),
+                *(cost(runs, who) for who in WHO),
+                mebibytes(runs[-1].rss),
             ]
             for name, runs in results.items()
         ],
         [
             "Latencies of all rounds together, CPU as the median of the rounds; all three share the machine.",
-            f"The service's memory was {_mebibytes(peak)} MiB at its peak.",
+            f"The service's memory was {mebibytes(peak)} MiB at its peak.",
         ],
     )
-    return [speed, cost]
-
-
-def _cpu(runs: Sequence[Ingest], who: str) -> str:
-    used = [(run.cpu_seconds[who], run.rows) for run in runs]
-    values = [1e6 * seconds / rows for seconds, rows in used if seconds is not None]
-    return f"{Spread.of(values).median:.1f}" if values else "?"
-
-
-def _mebibytes(size: int | None) -> str:
-    return "?" if size is None else f"{size / 2**20:,.0f}"
+    return [speed, costs]
 
 
 def read_sheet(reads: Reads) -> Sheet:

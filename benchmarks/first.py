@@ -12,11 +12,8 @@ The client is this process: connections that stay open, requests encoded beforeh
 shares the machine with the service and the database, so what it consumes is shown beside theirs.
 """
 
-import asyncio
 import gc
 import json
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -31,17 +28,13 @@ from urllib.parse import urlencode
 
 import asyncpg
 import typer
-import uvloop
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.db.engine import Connection, Database
-from app.errors import QuotesError
 from app.model import FIELDS, rfc3339
 from app.repository.quotes import QuoteRepository, Range
 from app.settings import Settings
 from benchmarks.client import HttpConnection, get, post, send_all
+from benchmarks.report import DatabaseUrl, JsonFile, MarkdownFile, Psql, Report, Steps, run
 from benchmarks.rivals import of_service
 from benchmarks.side_by_side import (
     QUANTILES,
@@ -49,9 +42,7 @@ from benchmarks.side_by_side import (
     Sheet,
     Spread,
     alternate,
-    command,
     figure,
-    machine,
     quantile,
     ratio,
 )
@@ -95,12 +86,11 @@ class Options:
 class Bench:
     """The measurement of one target."""
 
-    def __init__(self, target: Target, admin: Connection, options: Options, progress: Progress) -> None:
+    def __init__(self, target: Target, admin: Connection, options: Options, steps: Steps) -> None:
         self.target = target
         self.options = options
         self._admin = admin
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
+        self.announce = steps.announce
         self._ticks = Ticks()
         span = timedelta(microseconds=options.rows * BUSY)
         start = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - (options.rounds + 1) * 3 * span
@@ -108,12 +98,7 @@ class Bench:
         self._service = of_service(target, admin)
         self._history = start - HISTORY_SPAN
         self._history_step = HISTORY_SPAN / timedelta(microseconds=1) / options.history
-        progress.update(self._task, total=(options.rounds + 1) * (3 + 3 * 4) + 1)
-
-    def announce(self, text: str) -> None:
-        """Show what is about to run; nothing is drawn while it runs."""
-        self._progress.update(self._task, advance=1, description=text)
-        self._progress.refresh()
+        steps.expect((options.rounds + 1) * (3 + 3 * 4) + 1)
 
     # --- ingest ---
 
@@ -418,81 +403,50 @@ def read_sheet(reads: Reads) -> Sheet:
     return Sheet(reads.case, [*columns, "p50 x same", "p50 x plain", "calls"], rows, [f"plain SELECT: `{reads.plain}`"])
 
 
-def markdown(about: dict[str, str], sheets: Sequence[Sheet], repeat: str) -> str:
-    lines = ["## First figures", "", f"```\n{repeat}\n```", ""]
-    lines += [f"- {name}: {value}" for name, value in about.items()]
-    return "\n".join([*lines, "", READS]) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets)
-
-
-async def _measure(database_url: str | None, psql: Path | None, options: Options, screen: Console) -> dict[str, Any]:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
-    about = machine()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, auto_refresh=False, transient=True) as progress:
-        async with running_target(database_url, psql) as target:
-            admin = await asyncpg.connect(target.database_url)
-            try:
-                bench = Bench(target, admin, options, progress)
-                await bench.load_history()
-                reads = await bench.reads()
-                ingest = await bench.ingest()
-                memory = memory_bytes(target.service)
-            finally:
-                await admin.close()
-    return {
-        "about": about | target.about,
-        "ingest": ingest,
-        "reads": reads,
-        "peak_rss": memory[1] if memory else None,
-    }
+async def _measure(database_url: str | None, psql: Path | None, options: Options, steps: Steps) -> Report:
+    async with running_target(database_url, psql) as target:
+        admin = await asyncpg.connect(target.database_url)
+        try:
+            bench = Bench(target, admin, options, steps)
+            await bench.load_history()
+            reads = await bench.reads()
+            ingest = await bench.ingest()
+            memory = memory_bytes(target.service)
+        finally:
+            await admin.close()
+    peak = memory[1] if memory else None
+    return Report(
+        target.about,
+        [*ingest_sheets(ingest, options, peak), *map(read_sheet, reads)],
+        {
+            "options": asdict(options),
+            "ingest": {name: [asdict(turn) for turn in turns] for name, turns in ingest.items()},
+            "reads": [asdict(reads_) for reads_ in reads],
+            "peak_rss": peak,
+        },
+        READS,
+    )
 
 
 def main(
-    database_url: Annotated[
-        str | None, typer.Option(help="Another server: a database is created on it, and dropped. Unset: a private one.")
-    ] = None,
+    database_url: DatabaseUrl = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
     rows: Annotated[int, typer.Option(min=10_000, help="Quotes of one turn of ingest.")] = 320_000,
     clients: Annotated[int, typer.Option(min=1, help="Connections that send at once.")] = 4,
     history: Annotated[int, typer.Option(min=100_000, help="Quotes that are read from.")] = 1_000_000,
     reads: Annotated[int, typer.Option(min=2, help="Reads of one turn.")] = 200,
-    psql: Annotated[Path | None, typer.Option(help="The psql program.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="File for the tables.")] = None,
+    psql: Psql = None,
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
 ) -> None:
     """Measure ingest beside psql, and reads beside bare asyncpg, in one run."""
-    screen = Console(stderr=True)
     options = Options(rounds, rows, clients, history, reads)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(_measure(database_url, psql, options, screen))
-    except (BenchmarkError, QuotesError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        screen.print("[red]error:[/red]", escape(getattr(error, "detail", None) or str(error)), highlight=False)
-        sys.exit(1)
-    except asyncio.CancelledError:
-        sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    hidden = ("--database-url", "--psql", "--json", "--markdown")
-    repeat = command("benchmarks.first", hide=hidden)
-    sheets = ingest_sheets(result["ingest"], options, result["peak_rss"])
-    sheets += [read_sheet(reads_) for reads_ in result["reads"]]
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for name, value in result["about"].items():
-        console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
-    console.print(f"\n{READS}", highlight=False)
-    for sheet in sheets:
-        console.print()
-        console.print(sheet.rich())
-    if markdown_file is not None:
-        markdown_file.write_text(markdown(result["about"], sheets, repeat))
-    if json_file is not None:
-        ingest = {name: [asdict(run) for run in runs] for name, runs in result["ingest"].items()}
-        read = [asdict(reads_) for reads_ in result["reads"]]
-        figures = {**result, "command": repeat, "options": asdict(options), "ingest": ingest, "reads": read}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    run(
+        "benchmarks.first",
+        lambda steps: [_measure(database_url, psql, options, steps)],
+        json_file,
+        markdown_file,
+    )
 
 
 if __name__ == "__main__":

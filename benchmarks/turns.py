@@ -18,7 +18,7 @@ import asyncpg
 
 from app.db.engine import Connection
 from app.model import FIELDS
-from benchmarks.client import Sent, post, send_all
+from benchmarks.client import Sent, post, send_all, send_on_schedule
 from benchmarks.rivals import Door
 from benchmarks.side_by_side import BenchmarkError, Spread
 from benchmarks.target import Target, copy_file, cpu_seconds, memory_bytes
@@ -97,6 +97,15 @@ class Turns:
         await self.check(door, prepared, sent, duplicate=duplicate)
         return turn_of(sent, prepared.rows, used, door.process)
 
+    async def on_schedule(self, door: Door, form: str, batch: int, rows: int, rate: float, connections: int) -> Turn:
+        """A turn whose batches come when they are due, at `rate` quotes a second."""
+        prepared = self.prepare(door, form, batch, rows)
+        await self.settle()
+        with self.metered(door.process) as used:
+            sent = await send_on_schedule(door.port, prepared.requests, rate / batch, connections)
+        await self.check(door, prepared, sent)
+        return turn_of(sent, rows, used, door.process)
+
     async def copy(self, rows: int, streams: int = 1) -> Turn:
         r"""A turn of `psql \copy`, in so many streams at once."""
         start, end = self._stretch(rows)
@@ -170,6 +179,12 @@ def cost(turns: Sequence[Turn], who: str) -> str:
     used = [(turn.cpu_seconds[who], turn.rows) for turn in turns]
     values = [1e6 * seconds / rows for seconds, rows in used if seconds is not None]
     return f"{Spread.of(values).median:.1f}" if values else ""
+
+
+def cores(turns: Sequence[Turn], who: str) -> str:
+    """Processors kept busy, as the median of the turns."""
+    values = [used / turn.seconds for turn in turns if (used := turn.cpu_seconds[who]) is not None]
+    return f"{Spread.of(values).median:.2f}" if values else ""
 
 
 def mebibytes(size: int | None) -> str:

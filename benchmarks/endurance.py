@@ -216,7 +216,10 @@ async def measure_sustained(
                         verdict(kept, RATE_FLOOR, RATE_AIM),
                     ],
                 ],
-                [*notes, f"Median of stretches of {WINDOW:.0f} s, with the lowest and the highest."],
+                [
+                    f"Rates: median of stretches of {WINDOW:.0f} s (lowest to highest); the ratio has the mean on top.",
+                    *notes,
+                ],
             ),
             minutes_sheet(sent, rates, watch.states),
             Sheet(

@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -32,7 +33,6 @@ from benchmarks.report import DatabaseUrl, JsonFile, MarkdownFile, Psql, Report,
 from benchmarks.rivals import Door, afternoon, empty_post, influxdb, of_service
 from benchmarks.side_by_side import (
     QUANTILES,
-    BenchmarkError,
     Sheet,
     Spread,
     alternate,
@@ -70,10 +70,11 @@ class Way:
     data: Data = "fresh"
 
     def __str__(self) -> str:
+        plural = "s" if self.clients > 1 else ""
         if self.kind == PSQL:
-            return f"{PSQL}, {self.clients} stream{'s' if self.clients > 1 else ''}"
+            return f"{PSQL}, {self.clients} stream{plural}"
         data = "" if self.data == "fresh" else f", {self.data}"
-        return f"{self.kind} by {self.batch:,}, {self.clients} clients{data}"
+        return f"{self.kind} by {self.batch:,}, {self.clients} client{plural}{data}"
 
 
 Results = dict[Way, list[Turn]]
@@ -133,7 +134,6 @@ class Bench:
 
     def __init__(self, target: Target, turns: Turns, doors: dict[str, Door], given: Given) -> None:
         self.target = target
-        self.about = target.about
         self.service = doors["JSON"]
         self._turns = turns
         self._doors = doors
@@ -226,17 +226,10 @@ async def measure_ratios(given: Given, rounds: int, paced_rounds: int, paced_sec
         bulk = await bench.alternate(list(ways), rounds)
         async with empty_post(bench.target) as empty:
             singles = await bench.singles(empty, rounds)
-        paced: dict[str, list[Paced]] = {}
-        for form in ("JSON", "Arrow"):
-            if bench.can(Way(form, PACED_BATCH, CLIENTS)):
-                given.steps.expect(paced_rounds)
-                found = await alternate(
-                    {f"{form} on a schedule": partial(bench.paced, form, paced_seconds)},
-                    paced_rounds,
-                    given.steps.announce,
-                    warm_up=0,
-                )
-                paced[form] = next(iter(found.values()))
+        forms = [form for form in ("JSON", "Arrow") if bench.can(Way(form, PACED_BATCH, CLIENTS))]
+        given.steps.expect(len(forms) * paced_rounds)
+        scheduled = {form: partial(bench.paced, form, paced_seconds) for form in forms}
+        paced = await alternate(scheduled, paced_rounds, given.steps.announce, warm_up=0)
     results = bulk | singles
     rows = [_goal(goal, results) for goal in (*GOALS, SINGLE_GOAL)]
     rows += [
@@ -250,7 +243,7 @@ async def measure_ratios(given: Given, rounds: int, paced_rounds: int, paced_sec
         for form, turns in paced.items()
     ]
     return Report(
-        bench.about,
+        bench.target.about,
         [
             Sheet(
                 f"Ratios, {rounds} rounds",
@@ -278,7 +271,7 @@ async def measure_matrix(given: Given, rounds: int, ways: Sequence[Way], results
     async with given.bench() as bench:
         results |= await bench.alternate(ways, rounds)
     return Report(
-        bench.about,
+        bench.target.about,
         rates_sheets(f"Ingest matrix, {rounds} rounds", results),
         {"rounds": rounds, "turns": {str(way): [_figures(turn) for turn in turns] for way, turns in results.items()}},
     )
@@ -398,16 +391,10 @@ def _figures(turn: Turn) -> dict[str, Any]:
 
 
 def plot(matrix: Results, file: Path) -> None:
-    """Draw the rates of the matrix by batch size.
+    """Draw the rates of the matrix by batch size."""
+    import matplotlib as mpl  # noqa: PLC0415  an extra that only the plot needs
+    from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    Raises:
-        BenchmarkError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl  # noqa: PLC0415  an extra that only the plot needs
-        from matplotlib import pyplot as plt  # noqa: PLC0415
-    except ImportError as error:
-        raise BenchmarkError("A plot needs matplotlib: pip install '.[bench]'.") from error
     mpl.use("Agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ingest", "font.size": 9})
     figure_, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -438,9 +425,18 @@ def plot(matrix: Results, file: Path) -> None:
 
 # --- command line ---
 
+
+def _can_plot(file: Path | None) -> Path | None:
+    if file is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("A plot needs matplotlib: pip install '.[bench]'.")
+    return file
+
+
 Rows = Annotated[int, typer.Option(min=10_000, help="Quotes of a turn; fewer in small batches.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="File for the plot of the matrix, SVG or PNG.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", callback=_can_plot, help="File for the plot of the matrix, SVG or PNG.")
+]
 PacedRounds = Annotated[int, typer.Option(min=1, help="Runs on a schedule.")]
 PacedSeconds = Annotated[float, typer.Option(min=1, help="Seconds of a run on a schedule.")]
 ROWS: Final = 320_000

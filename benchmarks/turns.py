@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 import asyncpg
@@ -156,6 +156,8 @@ class Turns:
     def _stretch(self, rows: int) -> tuple[datetime, datetime]:
         start = self._next
         self._next += timedelta(microseconds=rows * BUSY)
+        if self._next > datetime.now(UTC):
+            raise BenchmarkError("So many quotes reach into the future; take fewer rows or rounds.")
         return start, self._next
 
 

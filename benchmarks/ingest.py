@@ -54,10 +54,9 @@ CLIENTS: Final = 8
 MANY: Final = 64
 #: Old enough for all turns of a run to be in the past, and young enough to stay out of the columnstore.
 AGE: Final = timedelta(days=25)
-#: Part of the rows of a turn that is sent in batches of a size, since small ones take longer.
-SHARE: Final = {1: 1 / 80, 10: 1 / 8, 1_000: 1 / 2, 10_000: 1.0}
-#: The same for an application that is ten times slower or more.
-ORM_SHARE: Final = 1 / 8
+#: Part of the rows of a turn that is sent in batches of a size, since small ones take longer; and by the ORM.
+SHARE: Final = {1: 1 / 160, 10: 1 / 16, 1_000: 1 / 2, 10_000: 1.0}
+ORM_SHARE: Final = {1: 1 / 160, 10: 1 / 32, 1_000: 1 / 16, 10_000: 1 / 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +179,7 @@ class Bench:
         rows = self._rows
         if way.kind == PSQL:
             return await self._turns.copy(rows, way.clients)
-        share = SHARE[way.batch] * (ORM_SHARE if way.kind == ORM else 1)
+        share = (ORM_SHARE if way.kind == ORM else SHARE)[way.batch]
         least = way.clients * way.batch * (1 if way.kind == ORM else 2)
         form = {INFLUXDB: "line protocol", ORM: "JSON"}.get(way.kind, way.kind)
         door = self._doors[way.kind]

@@ -126,8 +126,7 @@ async def send_all(port: int, requests: Iterable[bytes], clients: int) -> Sent:
 async def send_on_schedule(port: int, requests: Sequence[bytes], per_second: float, connections: int) -> Sent:
     """Send requests when they are due, whether or not earlier ones were answered, as far as there are connections.
 
-    A latency begins when the request was due, so that what waits behind a slow answer is counted. Timers have a
-    resolution of a millisecond.
+    A latency begins when the request was due, so that what waits behind a slow answer is counted.
 
     Raises:
         BenchmarkError: an answer is no success, or a connection broke.
@@ -147,7 +146,9 @@ async def send_on_schedule(port: int, requests: Sequence[bytes], per_second: flo
 
     async def offer() -> None:
         for number in range(len(requests)):
-            await asyncio.sleep(began + number / per_second - time.perf_counter())
+            # A timer rounds to milliseconds, and what is not due yet would wait for the next one.
+            while (wait := began + number / per_second - time.perf_counter()) > 0:  # noqa: ASYNC110  no event, a time
+                await asyncio.sleep(wait)
             run.offer()
         run.complete = True  # all are due: what is not sent yet is sent when a connection is free
         run.offer()

@@ -41,6 +41,9 @@ check: $(VENV)/dev  ## Lint, types and import contracts
 bench: $(VENV)/dev  ## Measure against psql and bare asyncpg, side by side in one run
 	$(BIN)/python -m benchmarks.first
 
+bench-ingest: $(VENV)/dev  ## Measure ingest beside its rivals; BENCHARGS="sustained --database-url …" for a part
+	$(BIN)/python -m benchmarks.ingest $(BENCHARGS)
+
 bench-storage: $(VENV)/dev  ## Measure the columnstore's ratio, on DATABASE_URL=… or the WebAssembly TimescaleDB
 	$(BIN)/python -m benchmarks.storage $(if $(DATABASE_URL),--database-url $(DATABASE_URL),--wasm) $(BENCHARGS)
 
@@ -62,4 +65,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test check bench bench-storage lock dev-up dev-down test-up clean
+.PHONY: help serve demo test check bench bench-ingest bench-storage lock dev-up dev-down test-up clean

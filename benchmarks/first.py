@@ -8,19 +8,15 @@ Reads: 600 quotes of one symbol, the newest quote of one symbol, and that of all
 by the service's own statement on a bare asyncpg connection; and by the statement that one would write by hand in an
 afternoon, on another. All are checked to give the same quotes before any is timed.
 
-The client is this process: blocking sockets that stay open, requests encoded beforehand, answers checked
-afterwards. It shares the machine with the service and the database, so what it consumes is shown beside theirs.
+The client is this process: connections that stay open, requests encoded beforehand, answers checked afterwards. It
+shares the machine with the service and the database, so what it consumes is shown beside theirs.
 """
 
-import asyncio
 import gc
 import json
-import resource
-import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -32,46 +28,30 @@ from urllib.parse import urlencode
 
 import asyncpg
 import typer
-import uvloop
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.db.engine import Connection, Database
-from app.errors import QuotesError
 from app.model import FIELDS, rfc3339
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
 from app.settings import Settings
+from benchmarks.client import HttpConnection, get, post, send_all
+from benchmarks.report import DatabaseUrl, JsonFile, MarkdownFile, Psql, Report, Steps, run
+from benchmarks.rivals import of_service
 from benchmarks.side_by_side import (
     QUANTILES,
     BenchmarkError,
     Sheet,
     Spread,
     alternate,
-    command,
     figure,
-    machine,
     quantile,
     ratio,
 )
-from benchmarks.target import (
-    HttpConnection,
-    Target,
-    copy_file,
-    cpu_seconds,
-    get,
-    memory_bytes,
-    post,
-    running_target,
-    send_all,
-)
+from benchmarks.target import Target, memory_bytes, running_target
+from benchmarks.ticks import SEED, SYMBOLS, Ticks
+from benchmarks.turns import BUSY, PSQL, WHO, Turn, Turns, acknowledged, cost, mebibytes
 
 FLOOR: Final = 50_000
-SYMBOLS: Final = [f"SYM{i:02}" for i in range(50)]
-SEED: Final = 20_261_120
-#: Time between quotes: of ingest as in a busy hour, of the history such that it fills some days.
-BUSY: Final = 10_000.0
 HISTORY_SPAN: Final = timedelta(days=5)
 CHUNK: Final = 200_000
 RANGE_ROWS: Final = 600
@@ -79,10 +59,8 @@ RANGE_ROWS: Final = 600
 RANGE_SPAN_ROWS: Final = 900
 #: A statement that takes long is called less often.
 TURN_SECONDS: Final = 3.0
-WHO: Final = ("service", "PostgreSQL", "client")
 COLUMNS: Final = ", ".join(FIELDS)
 
-PSQL: Final = r"psql \copy"
 READS: Final = (
     "Reads, one at a time: `HTTP` on a kept connection, body unparsed; `repository` is the same call without HTTP;"
     " `same statement` is the repository's SQL on a bare asyncpg connection set up alike; `plain SELECT` is the SQL of"
@@ -93,62 +71,6 @@ SERVICE: Final = "HTTP"
 REPOSITORY: Final = "repository"
 SAME: Final = "same statement"
 PLAIN: Final = "plain SELECT"
-
-
-class Ticks:
-    """A seeded market: which symbol ticks, and at what; the same quotes can be had at any time."""
-
-    def __init__(self, rows: int) -> None:
-        random = Random(SEED)
-        price = {symbol: random.randrange(2_000, 80_000) for symbol in SYMBOLS}
-        self._rows: list[tuple[str, float, str, str]] = []
-        for _ in range(rows):
-            symbol = random.choice(SYMBOLS)
-            last = price[symbol] = max(100, price[symbol] + random.randint(-3, 3))
-            bid, ask = last - random.randint(0, 2), last + random.randint(1, 3)
-            values = [f"{ticks // 100}.{ticks % 100:02}" for ticks in (last, bid, ask)]
-            values += [str(100 * random.randint(1, 40)) for _ in range(2)] + [str(random.randint(1, 5_000))]
-            members = ",".join(f'"{name}":{value}' for name, value in zip(FIELDS[2:8], values, strict=True))
-            # Short of a whole step, or two quotes of a symbol might fall together.
-            self._rows.append((symbol, 0.9 * random.random(), f'{members},"source":"feed"', f"{','.join(values)},feed"))
-
-    def bodies(self, start: datetime, rows: range, step: float, batch: int) -> Iterator[bytes]:
-        """Quotes as JSON bodies of `batch` each; `step` is the microseconds between quotes."""
-        for first in range(rows.start, rows.stop, batch):
-            part = range(first, min(first + batch, rows.stop))
-            quotes = (
-                f'{{"symbol":"{symbol}","timestamp":"{at}Z",{members}}}'
-                for symbol, at, members, _ in self._at(start, part, step)
-            )
-            yield f'{{"quotes":[{",".join(quotes)}]}}'.encode()
-
-    def csv(self, start: datetime, rows: range, step: float) -> str:
-        """Quotes as lines of CSV."""
-        return "".join(f"{symbol},{at}Z,{values}\n" for symbol, at, _, values in self._at(start, rows, step))
-
-    def _at(self, start: datetime, rows: range, step: float) -> Iterator[tuple[str, str, str, str]]:
-        naive = start.replace(tzinfo=None)
-        for i in rows:
-            symbol, jitter, members, values = self._rows[i % len(self._rows)]
-            at = naive + timedelta(microseconds=int((i + jitter) * step))
-            yield symbol, at.isoformat(timespec="microseconds"), members, values
-
-
-@dataclass(frozen=True, slots=True)
-class Ingest:
-    """One turn of ingest."""
-
-    rows: int
-    seconds: float
-    latencies_ms: list[float]
-    #: By whom; None where the system does not tell.
-    cpu_seconds: dict[str, float | None]
-    service_rss: int | None
-
-    @property
-    def rate(self) -> float:
-        """Quotes a second."""
-        return self.rows / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,24 +87,19 @@ class Options:
 class Bench:
     """The measurement of one target."""
 
-    def __init__(self, target: Target, admin: Connection, options: Options, progress: Progress) -> None:
+    def __init__(self, target: Target, admin: Connection, options: Options, steps: Steps) -> None:
         self.target = target
         self.options = options
         self._admin = admin
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
-        self._ticks = Ticks(options.rows)
-        self._span = timedelta(microseconds=options.rows * BUSY)
-        turns = (options.rounds + 1) * 3
-        self._slot = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - turns * self._span
-        self._history = self._slot - HISTORY_SPAN
+        self.announce = steps.announce
+        self._ticks = Ticks()
+        span = timedelta(microseconds=options.rows * BUSY)
+        start = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1) - (options.rounds + 1) * 3 * span
+        self._turns = Turns(target, admin, start, self._ticks)
+        self._service = of_service(target, admin)
+        self._history = start - HISTORY_SPAN
         self._history_step = HISTORY_SPAN / timedelta(microseconds=1) / options.history
-        progress.update(self._task, total=(options.rounds + 1) * (3 + 3 * 4) + 1)
-
-    def announce(self, text: str) -> None:
-        """Show what is about to run; nothing is drawn while it runs."""
-        self._progress.update(self._task, advance=1, description=text)
-        self._progress.refresh()
+        steps.expect((options.rounds + 1) * (3 + 3 * 4) + 1)
 
     # --- ingest ---
 
@@ -191,81 +108,19 @@ class Bench:
         self.announce(f"loading {self.options.history:,} quotes")
         for first in range(0, self.options.history, CHUNK):
             rows = range(first, min(first + CHUNK, self.options.history))
-            bodies = self._ticks.bodies(self._history, rows, self._history_step, 10_000)
-            await self._send(list(bodies), len(rows))
+            bodies = self._ticks.bodies("JSON", self._history, rows, self._history_step, 10_000)
+            requests = [post("/v1/quotes", body) for body in bodies]
+            acknowledged(await send_all(self.target.port, requests, self.options.clients), len(rows))
         await self._admin.execute("VACUUM (ANALYZE) quotes.real_time")
         await self._admin.execute("VACUUM (ANALYZE) quotes.latest")
 
-    async def ingest(self) -> dict[str, list[Ingest]]:
+    async def ingest(self) -> dict[str, list[Turn]]:
         """All turns of ingest."""
-        contenders: dict[str, Callable[[], Awaitable[Ingest]]] = {PSQL: self._ingest_psql}
+        rows, clients = self.options.rows, self.options.clients
+        contenders: dict[str, Callable[[], Awaitable[Turn]]] = {PSQL: partial(self._turns.copy, rows)}
         for batch in (10_000, 1_000):
-            contenders[_by(batch)] = partial(self._ingest_http, batch)
+            contenders[_by(batch)] = partial(self._turns.send, self._service, "JSON", batch, clients, rows)
         return await alternate(contenders, self.options.rounds, self.announce)
-
-    async def _ingest_psql(self) -> Ingest:
-        file = self.target.scratch / "quotes.csv"
-        async with self._slot_of_time() as start:
-            file.write_text(self._ticks.csv(start, range(self.options.rows), BUSY))
-            await self._settle()
-            with self._metered() as used:
-                began = time.perf_counter()
-                await copy_file(self.target, file, "quotes.real_time", FIELDS)
-                seconds = time.perf_counter() - began
-        return self._result(seconds, [1000 * seconds], used)
-
-    async def _ingest_http(self, batch: int) -> Ingest:
-        async with self._slot_of_time() as start:
-            bodies = list(self._ticks.bodies(start, range(self.options.rows), BUSY, batch))
-            await self._settle()
-            with self._metered() as used:
-                seconds, latencies = await self._send(bodies, self.options.rows)
-        return self._result(seconds, [1000 * latency for latency in latencies], used)
-
-    async def _send(self, bodies: Sequence[bytes], rows: int) -> tuple[float, list[float]]:
-        requests = [post("/v1/quotes", body) for body in bodies]
-        sending = asyncio.to_thread(send_all, self.target.port, requests, self.options.clients)
-        seconds, latencies, answers = await sending
-        inserted = sum(json.loads(answer)["inserted"] for answer in answers)
-        if inserted != rows:
-            raise BenchmarkError(f"{rows} quotes were sent and {inserted} acknowledged as inserted.")
-        return seconds, latencies
-
-    def _result(self, seconds: float, latencies: list[float], used: dict[str, float | None]) -> Ingest:
-        memory = memory_bytes(self.target.service)
-        return Ingest(self.options.rows, seconds, latencies, used, memory[0] if memory else None)
-
-    @asynccontextmanager
-    async def _slot_of_time(self) -> AsyncIterator[datetime]:
-        """A stretch of time without quotes; afterwards it holds all of a turn's."""
-        start, self._slot = self._slot, self._slot + self._span
-        yield start
-        stored = await self._admin.fetchval(
-            "SELECT count(*) FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2", start, self._slot
-        )
-        if stored != self.options.rows:
-            raise BenchmarkError(f"{self.options.rows} quotes were sent and {stored} are stored.")
-
-    async def _settle(self) -> None:
-        """Leave no work of one turn to the next; without the right to a checkpoint, do without."""
-        with suppress(asyncpg.InsufficientPrivilegeError):
-            await self._admin.execute("CHECKPOINT")
-        gc.collect()
-
-    @contextmanager
-    def _metered(self) -> Iterator[dict[str, float | None]]:
-        used: dict[str, float | None] = {}
-        before = self._cpu()
-        gc.disable()
-        try:
-            yield used
-        finally:
-            gc.enable()
-            for who, now, then in zip(WHO, self._cpu(), before, strict=True):
-                used[who] = None if now is None or then is None else now - then
-
-    def _cpu(self) -> tuple[float | None, ...]:
-        return cpu_seconds(self.target.service), cpu_seconds(self.target.postmaster), _own_cpu()
 
     # --- reads ---
 
@@ -484,12 +339,6 @@ async def _timed(call: Callable[[int], Awaitable[object]], calls: int) -> list[f
     return took
 
 
-def _own_cpu() -> float:
-    """Processor time of this process and of those that it has waited for."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 # --- report ---
 
 
@@ -497,7 +346,7 @@ def _by(batch: int) -> str:
     return f"JSON by {batch:,}"
 
 
-def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int | None) -> list[Sheet]:
+def ingest_sheets(results: dict[str, list[Turn]], options: Options, peak: int | None) -> list[Sheet]:
     rates = {name: [run.rate for run in runs] for name, runs in results.items()}
     floor = Spread.of(rates[_by(10_000)])
     kept = "kept by every round" if floor.low >= FLOOR else "kept by the median" if floor.median >= FLOOR else "missed"
@@ -519,9 +368,9 @@ def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int 
             "The service acknowledges each batch after its commit.",
         ],
     )
-    cost = Sheet(
+    costs = Sheet(
         "Ingest: acknowledgement and cost",
-        ["", *(f"p{100 * q:.0f} ms" for q in QUANTILES), *(f"{who} CPU us/quote" for who in WHO), "service RSS MiB"],
+        ["", *(f"p{100 * q:.0f} ms" for q in QUANTILES), *(f"{who} CPU us/quote" for who in WHO), "server RSS MiB"],
         [
             [
                 name,
@@ -529,27 +378,17 @@ def ingest_sheets(results: dict[str, list[Ingest]], options: Options, peak: int 
                     "" if name == PSQL else f"{quantile([ms for run in runs for ms in run.latencies_ms], share):,.0f}"
                     for share in QUANTILES
                 ),
-                *(_cpu(runs, who) for who in WHO),
-                _mebibytes(runs[-1].service_rss),
+                *(cost(runs, who) for who in WHO),
+                mebibytes(runs[-1].rss),
             ]
             for name, runs in results.items()
         ],
         [
             "Latencies of all rounds together, CPU as the median of the rounds; all three share the machine.",
-            f"The service's memory was {_mebibytes(peak)} MiB at its peak.",
+            f"The service's memory was {mebibytes(peak)} MiB at its peak.",
         ],
     )
-    return [speed, cost]
-
-
-def _cpu(runs: Sequence[Ingest], who: str) -> str:
-    used = [(run.cpu_seconds[who], run.rows) for run in runs]
-    values = [1e6 * seconds / rows for seconds, rows in used if seconds is not None]
-    return f"{Spread.of(values).median:.1f}" if values else "?"
-
-
-def _mebibytes(size: int | None) -> str:
-    return "?" if size is None else f"{size / 2**20:,.0f}"
+    return [speed, costs]
 
 
 def read_sheet(reads: Reads) -> Sheet:
@@ -565,81 +404,50 @@ def read_sheet(reads: Reads) -> Sheet:
     return Sheet(reads.case, [*columns, "p50 x same", "p50 x plain", "calls"], rows, [f"plain SELECT: `{reads.plain}`"])
 
 
-def markdown(about: dict[str, str], sheets: Sequence[Sheet], repeat: str) -> str:
-    lines = ["## First figures", "", f"```\n{repeat}\n```", ""]
-    lines += [f"- {name}: {value}" for name, value in about.items()]
-    return "\n".join([*lines, "", READS]) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets)
-
-
-async def _measure(database_url: str | None, psql: Path | None, options: Options, screen: Console) -> dict[str, Any]:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
-    about = machine()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, auto_refresh=False, transient=True) as progress:
-        async with running_target(database_url, psql) as target:
-            admin = await asyncpg.connect(target.database_url)
-            try:
-                bench = Bench(target, admin, options, progress)
-                await bench.load_history()
-                reads = await bench.reads()
-                ingest = await bench.ingest()
-                memory = memory_bytes(target.service)
-            finally:
-                await admin.close()
-    return {
-        "about": about | target.about,
-        "ingest": ingest,
-        "reads": reads,
-        "peak_rss": memory[1] if memory else None,
-    }
+async def _measure(database_url: str | None, psql: Path | None, options: Options, steps: Steps) -> Report:
+    async with running_target(database_url, psql) as target:
+        admin = await asyncpg.connect(target.database_url)
+        try:
+            bench = Bench(target, admin, options, steps)
+            await bench.load_history()
+            reads = await bench.reads()
+            ingest = await bench.ingest()
+            memory = memory_bytes(target.service)
+        finally:
+            await admin.close()
+    peak = memory[1] if memory else None
+    return Report(
+        target.about,
+        [*ingest_sheets(ingest, options, peak), *map(read_sheet, reads)],
+        {
+            "options": asdict(options),
+            "ingest": {name: [asdict(turn) for turn in turns] for name, turns in ingest.items()},
+            "reads": [asdict(reads_) for reads_ in reads],
+            "peak_rss": peak,
+        },
+        READS,
+    )
 
 
 def main(
-    database_url: Annotated[
-        str | None, typer.Option(help="Another server: a database is created on it, and dropped. Unset: a private one.")
-    ] = None,
+    database_url: DatabaseUrl = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
     rows: Annotated[int, typer.Option(min=10_000, help="Quotes of one turn of ingest.")] = 320_000,
     clients: Annotated[int, typer.Option(min=1, help="Connections that send at once.")] = 4,
     history: Annotated[int, typer.Option(min=100_000, help="Quotes that are read from.")] = 1_000_000,
     reads: Annotated[int, typer.Option(min=2, help="Reads of one turn.")] = 200,
-    psql: Annotated[Path | None, typer.Option(help="The psql program.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="File for the tables.")] = None,
+    psql: Psql = None,
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
 ) -> None:
     """Measure ingest beside psql, and reads beside bare asyncpg, in one run."""
-    screen = Console(stderr=True)
     options = Options(rounds, rows, clients, history, reads)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(_measure(database_url, psql, options, screen))
-    except (BenchmarkError, QuotesError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        screen.print("[red]error:[/red]", escape(getattr(error, "detail", None) or str(error)), highlight=False)
-        sys.exit(1)
-    except asyncio.CancelledError:
-        sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    hidden = ("--database-url", "--psql", "--json", "--markdown")
-    repeat = command("benchmarks.first", hide=hidden)
-    sheets = ingest_sheets(result["ingest"], options, result["peak_rss"])
-    sheets += [read_sheet(reads_) for reads_ in result["reads"]]
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for name, value in result["about"].items():
-        console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
-    console.print(f"\n{READS}", highlight=False)
-    for sheet in sheets:
-        console.print()
-        console.print(sheet.rich())
-    if markdown_file is not None:
-        markdown_file.write_text(markdown(result["about"], sheets, repeat))
-    if json_file is not None:
-        ingest = {name: [asdict(run) for run in runs] for name, runs in result["ingest"].items()}
-        read = [asdict(reads_) for reads_ in result["reads"]]
-        figures = {**result, "command": repeat, "options": asdict(options), "ingest": ingest, "reads": read}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    run(
+        "benchmarks.first",
+        lambda steps: [_measure(database_url, psql, options, steps)],
+        json_file,
+        markdown_file,
+    )
 
 
 if __name__ == "__main__":

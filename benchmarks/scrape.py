@@ -32,7 +32,8 @@ from app.repository.quotes import QuoteRepository
 from app.repository.storage import StorageRepository
 from app.repository.system import SystemRepository
 from app.settings import Settings
-from benchmarks.target import HttpConnection, cpu_seconds, fresh_database, get, post, service
+from benchmarks.client import HttpConnection, get, post
+from benchmarks.target import SERVICE, cpu_seconds, fresh_database, serving
 
 DAY: Final = timedelta(days=1)
 COMPRESS: Final = """
@@ -117,7 +118,7 @@ async def _looks(database: Charged, settings: Settings, looks: int) -> None:
 async def _scrapes(url: str, workers: int, scrapes: int) -> None:
     environment = {"QUOTES_DATABASE_URL": url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
     with tempfile.TemporaryDirectory() as scratch:
-        async with service(Path(scratch, "log"), environment, "--workers", str(workers)) as (port, pid):
+        async with serving((*SERVICE, "--workers", str(workers)), Path(scratch, "log"), environment) as (port, pid):
             await asyncio.sleep(3)  # the first look
 
             def measure() -> tuple[list[float], float, int, int]:

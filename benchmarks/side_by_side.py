@@ -63,6 +63,11 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
+def verdict(value: float, floor: float, aim: float) -> str:
+    """What a figure of which more is better has reached."""
+    return "aim reached" if value >= aim else "floor kept" if value >= floor else "missed"
+
+
 async def alternate(
     contenders: Mapping[str, Callable[[], Awaitable[T]]],
     rounds: int,

@@ -1,4 +1,4 @@
-"""The service under measurement: its database, its process, what both consume, and the cheapest way to talk to it.
+"""The service under measurement: its database, its process, and what both consume.
 
 Invariant: whatever was started is stopped and whatever was created is removed, also when a run fails or is
 interrupted.
@@ -11,30 +11,26 @@ import socket
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 from urllib.parse import urlsplit
 
 import asyncpg
-import httptools
 import httpx
 
 from app.db.capability import DETECT, Capability
 from app.db.embedded import embedded_postgres, find_server
+from benchmarks.client import HOST
 from benchmarks.side_by_side import BenchmarkError
 
 _ROOT: Final = Path(__file__).parents[1]
 _START_TIMEOUT: Final = 120.0
 _STOP_TIMEOUT: Final = 60.0
-_ANSWER_TIMEOUT: Final = 120.0
-_HOST: Final = "127.0.0.1"
+#: Command line of the service, after `python -m`.
+SERVICE: Final = ("app", "serve")
 _SECRET: Final = ("URL", "KEY", "TOKEN", "PASSWORD", "SECRET")
 
 
@@ -54,8 +50,10 @@ class Target:
 
 
 @asynccontextmanager
-async def running_target(database_url: str | None, psql: Path | None) -> AsyncIterator[Target]:
-    """Start the service on a private server, or in a fresh database of the given one.
+async def running_target(
+    database_url: str | None, psql: Path | None, settings: dict[str, str] | None = None
+) -> AsyncIterator[Target]:
+    """Start the service on a private server, or in a fresh database of the given one; `settings` are its variables.
 
     Raises:
         BenchmarkError: psql is missing, or the service does not start.
@@ -63,16 +61,17 @@ async def running_target(database_url: str | None, psql: Path | None) -> AsyncIt
     async with AsyncExitStack() as stack:
         scratch = stack.enter_context(_shared_directory())
         program = psql or _find_psql(private=database_url is None)
-        environment = {"QUOTES_REQUIRE_TIMESCALEDB": "none"}
+        environment = {"QUOTES_REQUIRE_TIMESCALEDB": "none", **(settings or {})}
         if database_url is None:
             url = await stack.enter_async_context(embedded_postgres(scratch / "data"))
             environment["QUOTES_RETENTION"] = "none"
         else:
             url = await stack.enter_async_context(fresh_database(database_url))
         environment["QUOTES_DATABASE_URL"] = url
-        port, pid = await stack.enter_async_context(service(scratch / "service.log", environment))
+        port, pid = await stack.enter_async_context(serving(SERVICE, scratch / "service.log", environment))
         about, postmaster = await _describe(url, "private" if database_url is None else "given")
-        about["service settings"] = ", ".join(_settings()) or "defaults"
+        given = _settings() | (settings or {})
+        about["service settings"] = ", ".join(f"{name}={value}" for name, value in given.items()) or "defaults"
         about["psql"] = (await _output(program, "--version")).removeprefix("psql (PostgreSQL) ")
         yield Target(url, port, pid, postmaster, (program, *_psql_target(url)), scratch, about)
 
@@ -113,12 +112,17 @@ async def fresh_database(url: str) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def service(log: Path, environment: dict[str, str], *arguments: str) -> AsyncIterator[tuple[int, int]]:
-    """The service in a process of its own; port and process."""
-    port = _free_port()
+async def running(
+    program: Sequence[str | Path], log: Path, environment: Mapping[str, str], port: int, path: str
+) -> AsyncIterator[int]:
+    """A server in a process of its own, until it answers at `path`; its process.
+
+    Raises:
+        BenchmarkError: it does not start, or it ended while in use.
+    """
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "app", "serve", "--host", _HOST, "--port", str(port), *arguments),
+            *program,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
@@ -127,12 +131,12 @@ async def service(log: Path, environment: dict[str, str], *arguments: str) -> As
             start_new_session=True,  # an interrupt from the terminal reaches it through us, in order
         )
     try:
-        await _ready(process, port)
-        yield port, process.pid
+        await _ready(process, port, path)
+        yield process.pid
     except Exception as error:
         if process.returncode is None:
             raise
-        raise BenchmarkError(f"The service ended with {process.returncode}.\n{_tail(log)}") from error
+        raise BenchmarkError(f"{log.stem} ended with {process.returncode}.\n{_tail(log)}") from error
     finally:
         if process.returncode is None:
             process.terminate()
@@ -143,24 +147,33 @@ async def service(log: Path, environment: dict[str, str], *arguments: str) -> As
                 await process.wait()
 
 
-async def _ready(process: asyncio.subprocess.Process, port: int) -> None:
+@asynccontextmanager
+async def serving(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> AsyncIterator[tuple[int, int]]:
+    """A Python module that serves on `--port` with `/health`, in a process of its own; port and process."""
+    port = free_port()
+    program = [sys.executable, "-m", *command, "--host", HOST, "--port", str(port)]
+    async with running(program, log, environment, port, "/health") as pid:
+        yield port, pid
+
+
+async def _ready(process: asyncio.subprocess.Process, port: int, path: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT
-    async with httpx.AsyncClient(base_url=f"http://{_HOST}:{port}", timeout=5, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=5, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.returncode is not None:
-                raise BenchmarkError("The service does not start.")
+                raise BenchmarkError("It does not start.")
             try:
-                if (await client.get("/health")).is_success:
+                if (await client.get(path)).is_success:
                     return
             except httpx.TransportError:
                 pass
             await asyncio.sleep(0.1)
-    raise BenchmarkError("The service is not ready in time.")
+    raise BenchmarkError(f"What listens on port {port} is not ready in time.")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
@@ -173,13 +186,13 @@ def _outer_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not (k.startswith("QUOTES_") and k.endswith("DATABASE_URL"))}
 
 
-def _settings() -> list[str]:
+def _settings() -> dict[str, str]:
     """Settings from outside that the service runs with, without secrets."""
-    return [
-        f"{name}={value}"
+    return {
+        name: value
         for name, value in sorted(os.environ.items())
         if name.startswith("QUOTES_") and not name.endswith(_SECRET)
-    ]
+    }
 
 
 async def _describe(url: str, kind: str) -> tuple[dict[str, str], int | None]:
@@ -263,13 +276,13 @@ def _psql_target(url: str) -> tuple[list[str], dict[str, str]]:
 
 
 async def copy_file(target: Target, file: Path, table: str, columns: Sequence[str]) -> None:
-    r"""Run `psql \copy` on a CSV file.
+    r"""Run `psql \copy` on a CSV file with a header.
 
     Raises:
         BenchmarkError: it failed.
     """
     program, where, environment = target.psql
-    statement = f"\\copy {table} ({', '.join(columns)}) from '{file}' with (format csv)"
+    statement = f"\\copy {table} ({', '.join(columns)}) from '{file}' with (format csv, header)"
     await _output(program, "-X", "-q", "-v", "ON_ERROR_STOP=1", *where, "-c", statement, **environment)
 
 
@@ -293,95 +306,3 @@ async def _output(program: Path, *arguments: str, **environment: str) -> str:
     if process.returncode:
         raise BenchmarkError(f"{program.name} failed ({process.returncode}): {text}")
     return text
-
-
-class HttpConnection:
-    """A keep-alive connection on a blocking socket: whole requests in, whole bodies out, and next to no work."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def __enter__(self) -> Self:
-        self._socket = socket.create_connection((_HOST, self._port), timeout=_ANSWER_TIMEOUT)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._socket.close()
-
-    def send(self, request: bytes) -> bytes:
-        """The body of the answer to a request.
-
-        Raises:
-            BenchmarkError: the answer is no success.
-        """
-        answer = _Answer()
-        parser = httptools.HttpResponseParser(answer)
-        self._socket.sendall(request)
-        while not answer.complete:
-            data = self._socket.recv(1 << 18)
-            if not data:
-                raise BenchmarkError("The service closed the connection before it answered.")
-            parser.feed_data(data)
-        body = b"".join(answer.parts)
-        if parser.get_status_code() != 200:
-            raise BenchmarkError(f"The service answered {parser.get_status_code()}: {body[:500].decode()}")
-        return body
-
-
-class _Answer:
-    """What the parser of an answer calls."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.complete = False
-
-    def on_body(self, body: bytes) -> None:
-        self.parts.append(body)
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-
-
-def get(path: str) -> bytes:
-    """The request for a path."""
-    return f"GET {path} HTTP/1.1\r\nHost: {_HOST}\r\nAccept: application/json\r\n\r\n".encode()
-
-
-def post(path: str, body: bytes) -> bytes:
-    """The request that sends a JSON body to a path."""
-    kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
-    return f"POST {path} HTTP/1.1\r\nHost: {_HOST}\r\n{kind}\r\n\r\n".encode() + body
-
-
-def send_all(port: int, requests: Sequence[bytes], clients: int) -> tuple[float, list[float], list[bytes]]:
-    """Send all requests over some connections, each its next one when the last was answered.
-
-    Returns the seconds from the first request to the last answer, those of each request, and the answers.
-    """
-    waiting = deque(requests)
-    ready = Barrier(clients + 1)
-
-    def client(connection: HttpConnection) -> list[tuple[float, bytes]]:
-        answers: list[tuple[float, bytes]] = []
-        ready.wait()
-        while True:
-            try:
-                request = waiting.popleft()
-            except IndexError:
-                return answers
-            began = time.perf_counter()
-            body = connection.send(request)
-            answers.append((time.perf_counter() - began, body))
-
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(clients))
-        connections = [stack.enter_context(HttpConnection(port)) for _ in range(clients)]
-        running = [pool.submit(client, connection) for connection in connections]
-        ready.wait()
-        began = time.perf_counter()
-        done = [answer for future in running for answer in future.result()]
-        elapsed = time.perf_counter() - began
-    return elapsed, [seconds for seconds, _ in done], [body for _, body in done]

@@ -40,8 +40,6 @@ from app.repository.quotes import Range, Sort, day_bounds, zone
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 
-#: Above this a body is decoded in a thread: half a megabyte is a few milliseconds of the event loop.
-_INLINE_BYTES: Final = 512 * 1024
 _DEFAULT_SPAN: Final = timedelta(days=1)
 
 
@@ -180,6 +178,9 @@ _BODY: Final[dict[str, Any]] = {
                 }
             },
             "application/x-ndjson": {"schema": {"type": "string", "description": "One quote a line."}},
+            "text/csv": {"schema": {"type": "string", "description": "A header line, then one quote a line."}},
+            "application/vnd.apache.arrow.stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
         },
     }
 }
@@ -213,7 +214,7 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
     codec = formats.reader(request.headers.get("content-type"))
     body = await read_body(request, wired.settings)
     terms = Terms(wired.quotes.limits(), query.on_error, query.on_conflict, query.precision)
-    if len(body) > _INLINE_BYTES:
+    if len(body) > codec.inline_bytes:
         batch = await asyncio.to_thread(codec.decode, body, terms)
     else:
         batch = codec.decode(body, terms)

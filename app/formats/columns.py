@@ -1,0 +1,140 @@
+"""Columns as a client names and types them, shared by the formats that have columns.
+
+Invariant: what a column becomes here is never larger than the limit of a body, however small it came.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.batch import Batch, check_size
+from app.errors import BodyTooLarge, MalformedBody
+from app.model import ALIASES, EPOCH, FIELDS, Terms
+
+PRICES: Final = frozenset({"price", "bid", "ask"})
+SIZES: Final = frozenset({"bid_size", "ask_size", "volume"})
+_PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def fields_of(names: Sequence[str]) -> dict[str, str]:
+    """The columns by the field that each holds, in their order.
+
+    Raises:
+        MalformedBody: a column is unknown, a field comes twice, or one that every quote needs is missing.
+    """
+    fields: dict[str, str] = {}
+    for name in names:
+        field = ALIASES.get(name, name)
+        if field not in FIELDS:
+            raise MalformedBody(f"The column {name[:64]!a} is unknown; a quote has {', '.join(FIELDS)}.")
+        if field in fields:
+            raise MalformedBody(f"The columns {fields[field]} and {name} are both the {field}.")
+        fields[field] = name
+    for field in ("symbol", "timestamp"):
+        if field not in fields:
+            raise MalformedBody(f"The column {field} is missing.")
+    return fields
+
+
+def fields_of_schema(schema: pa.Schema) -> dict[str, str]:
+    """The columns of a schema by the field that each holds.
+
+    Raises:
+        MalformedBody: as `fields_of`, or a column is of a type that its field cannot be.
+    """
+    fields = fields_of(schema.names)
+    for field, column in zip(fields, schema, strict=True):
+        if not _is_taken(field, column.type):
+            raise MalformedBody(f"The column {column.name} is of a type that a {field} cannot have.")
+    return fields
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column is text, in whatever layout."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_taken(field: str, kind: pa.DataType) -> bool:
+    if is_text(kind) or pa.types.is_null(kind):
+        return True
+    if field == "timestamp":
+        return bool(pa.types.is_timestamp(kind) or pa.types.is_integer(kind))
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(number) and field in PRICES | SIZES
+
+
+def decode(table: pa.Table, fields: Mapping[str, str], terms: Terms) -> Batch:
+    """The batch of a table whose columns are `fields_of_schema`, in their order, and valid Arrow data.
+
+    Raises:
+        InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
+    """
+    check_size(len(table), terms)
+    columns = {
+        field: _written_out(column, terms.limits.max_bytes) for field, column in zip(fields, table.columns, strict=True)
+    }
+    batch = Batch.from_table(pa.table(columns), terms, given=fields)
+    if batch is not None:
+        return batch
+    values = [_values(field, column) for field, column in columns.items()]
+    names = list(fields.values())
+    rows = [
+        {name: value for name, value in zip(names, row, strict=True) if value is not None}
+        for row in zip(*values, strict=True)
+    ]
+    return Batch.from_rows(rows, terms)
+
+
+def _written_out(column: pa.ChunkedArray, limit: int) -> pa.ChunkedArray:
+    """A column without layouts in which rows share a text: that may be long, and the rows many."""
+    kind = column.type
+    if pa.types.is_string_view(kind):
+        return pa.chunked_array([_viewed(chunk, limit) for chunk in column.chunks], pa.string())
+    if pa.types.is_dictionary(kind):
+        return pa.chunked_array([_looked_up(chunk, limit) for chunk in column.chunks], pa.string())
+    return column
+
+
+def _looked_up(chunk: pa.DictionaryArray, limit: int) -> pa.Array:
+    texts = chunk.dictionary
+    texts = _viewed(texts, limit) if pa.types.is_string_view(texts.type) else texts.cast(pa.string())
+    if (pc.sum(pc.binary_length(texts).take(chunk.indices)).as_py() or 0) > limit:
+        raise BodyTooLarge.beyond(limit)
+    return texts.take(chunk.indices)
+
+
+def _viewed(chunk: pa.Array, limit: int) -> pa.Array:
+    _, views, *texts = chunk.buffers()
+    if len(chunk) * sum(buffer.size for buffer in texts) > limit and views is not None:
+        # A view is 16 bytes, the first four of them the length.
+        lengths = memoryview(views).cast("B").cast("i")[4 * chunk.offset : 4 * (chunk.offset + len(chunk)) : 4]
+        if sum(length for length in lengths if length > 0) > limit:
+            raise BodyTooLarge.beyond(limit)
+    return chunk.cast(pa.string())
+
+
+def _values(field: str, column: pa.ChunkedArray) -> list[Any]:
+    """Python values, in which a fault can be seen and named."""
+    kind = column.type
+    if pa.types.is_timestamp(kind):
+        return [_moment(count, kind) for count in column.cast(pa.int64()).to_pylist()]
+    if field in PRICES and pa.types.is_floating(kind):
+        column = column.cast(pa.string())  # the shortest text that reads back as this number
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _moment(count: int | None, kind: pa.TimestampType) -> Any:
+    if count is None:
+        return None
+    seconds, rest = divmod(count, _PER_SECOND[kind.unit])
+    try:
+        moment = EPOCH + timedelta(seconds=seconds, microseconds=rest * 10**6 // _PER_SECOND[kind.unit])
+    except OverflowError:
+        return ""  # no timestamp
+    return moment if kind.tz is not None else moment.replace(tzinfo=None)

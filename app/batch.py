@@ -565,7 +565,9 @@ class _Reader:
                     for fault in error.errors(include_url=False, include_input=False):
                         position = int(fault["loc"][0])
                         faulty.add(position)
-                        self._checks.refuse(keep[position], name, *_explain(fault, missing=name not in rows[position]))
+                        self._checks.refuse(
+                            keep[position], name, *_explain(fault, missing=rows[position].get(name) is None)
+                        )
             if not faulty:
                 break
             keep = [i for position, i in enumerate(keep) if position not in faulty]

@@ -16,6 +16,8 @@ from app.model import ALIASES, EPOCH, FIELDS, Terms
 
 PRICES: Final = frozenset({"price", "bid", "ask"})
 SIZES: Final = frozenset({"bid_size", "ask_size", "volume"})
+#: The digits of the widest decimal; with a scale of thousands, which Arrow lets pass, Python has no such number.
+_SCALE: Final = 76
 _PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -63,8 +65,10 @@ def _is_taken(field: str, kind: pa.DataType) -> bool:
     if is_text(kind) or pa.types.is_null(kind):
         return True
     if field == "timestamp":
-        return bool(pa.types.is_timestamp(kind) or pa.types.is_integer(kind))
-    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        # A zone whose name is no UTF-8 raises here, not later.
+        return bool(pa.types.is_integer(kind) or (pa.types.is_timestamp(kind) and kind.tz != ""))
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    number = number or (pa.types.is_decimal(kind) and abs(kind.scale) <= _SCALE)
     return bool(number) and field in PRICES | SIZES
 
 
@@ -83,11 +87,7 @@ def decode(table: pa.Table, fields: Mapping[str, str], terms: Terms) -> Batch:
         return batch
     values = [_values(field, column) for field, column in columns.items()]
     names = list(fields.values())
-    rows = [
-        {name: value for name, value in zip(names, row, strict=True) if value is not None}
-        for row in zip(*values, strict=True)
-    ]
-    return Batch.from_rows(rows, terms)
+    return Batch.from_rows([dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)], terms)
 
 
 def _written_out(column: pa.ChunkedArray, limit: int) -> pa.ChunkedArray:

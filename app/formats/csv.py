@@ -84,7 +84,7 @@ def _table(body: bytes, start: int, fields: list[str]) -> pa.Table | None:
 
 
 def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
-    """The rows one by one: fields that have a value, or a row that is misshapen."""
+    """The rows one by one: their fields, or that they are misshapen."""
     stream = io.BytesIO(body)
     stream.seek(start)
     rows: list[Any] = []
@@ -99,7 +99,7 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
                 detail = f"The row has {len(cells)} cells, the header {len(names)}."
                 rows.append(Misshapen("row-ragged", detail))
             else:
-                rows.append({name: cell for name, cell in zip(names, cells, strict=True) if cell})
+                rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
     except UnicodeDecodeError as error:
         raise MalformedBody("Not UTF-8.") from error
     except csv.Error as error:

@@ -405,6 +405,8 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     if pa.types.is_integer(kind):
         column = column.cast(pa.decimal128(38, 8))
     elif pa.types.is_floating(kind):
+        if pa.types.is_float64(kind) and (exact := _of_floats(column)) is not None:
+            return exact, 0
         column = column.cast(pa.string())  # the shortest text that reads back as this number
     elif not (pa.types.is_decimal(kind) or pa.types.is_string(kind) or pa.types.is_null(kind)):
         column = _plain(column, pa.string())
@@ -415,6 +417,19 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     wide = column.cast(pa.decimal128(38, 20))
     exact = pc.round(wide, 8, "half_towards_infinity").cast(_PRICE)
     return exact, pc.sum(pc.not_equal(exact, wide)).as_py() or 0
+
+
+def _of_floats(column: pa.Array) -> pa.Array | None:
+    """Floats that are the nearest ones to decimals of eight places, as these; None if any is not.
+
+    That takes 0.02 us a row, by way of text 0.3 us. Up to fifteen digits in all, a float is the nearest one to a single
+    decimal of as many places, so that this is its shortest text.
+    """
+    ticks = pc.round(pc.multiply(column, 1e8))
+    if not pc.all(pc.and_(pc.equal(pc.divide(ticks, 1e8), column), pc.less(pc.abs(ticks), 1e15)), min_count=0).as_py():
+        return None
+    unscaled = ticks.cast(pa.int64()).cast(pa.decimal128(20))
+    return pa.Array.from_buffers(_PRICE, len(unscaled), unscaled.buffers(), offset=unscaled.offset)
 
 
 def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -190,6 +190,29 @@ def test_prices_of_any_numeric_column(column: pa.Array, expected: list[str]) -> 
         assert outcome(lambda: batch) == outcome(lambda: thorough)
 
 
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.floats(),
+            st.floats(0, 2e7),
+            st.decimals("-1e7", "1e7", places=8).map(float),
+            st.integers(0, 10**9).map(lambda v: v / 100),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_float_is_the_shortest_decimal_that_reads_back_as_it(values: list[float | None]) -> None:
+    column = pa.array([None, *values], pa.float64())[1:]
+    exact = batch_module._of_floats(column)
+    if exact is not None:
+        exact.validate(full=True)
+        assert exact.to_pylist() == [None if value is None else Decimal(repr(value)) for value in values]
+    elif all(value is None or (repr(value) == f"{value:.2f}".rstrip("0") and value < 1e6) for value in values):
+        raise AssertionError(values)
+
+
 @pytest.mark.parametrize(
     "columns",
     [

@@ -371,6 +371,21 @@ def test_damaged_columns() -> None:
             decode(body, TERMS)
 
 
+def test_a_decimal_that_no_number_can_be_written_of() -> None:
+    table = good()
+    for kind in (pa.decimal128(38, 40), pa.decimal128(38, -2000)):
+        wide = pa.Array.from_buffers(kind, 3, [None, pa.py_buffer(b"\1" + bytes(47))])
+        with pytest.raises(MalformedBody, match="column price"):
+            arrow.decode(in_arrow(table.set_column(2, "price", wide)), TERMS)
+
+
+def test_a_zone_whose_name_is_no_text() -> None:
+    body = in_arrow(good().set_column(1, "timestamp", pa.array([1, 2, 3], pa.timestamp("us", "ZONE"))))
+    assert body.count(b"ZONE") == 1
+    with pytest.raises(MalformedBody):
+        arrow.decode(body.replace(b"ZONE", b"ZO\xbbE"), TERMS)
+
+
 def test_an_index_beyond_its_dictionary_is_not_followed() -> None:
     table = good()
     bad = pa.DictionaryArray.from_arrays(pa.array([0, 1_000_000, 0], pa.int32()), pa.array(["feed"]), safe=False)

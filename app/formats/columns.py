@@ -16,8 +16,8 @@ from app.model import ALIASES, EPOCH, FIELDS, Terms
 
 PRICES: Final = frozenset({"price", "bid", "ask"})
 SIZES: Final = frozenset({"bid_size", "ask_size", "volume"})
-#: The digits of the widest decimal; with a scale of thousands, which Arrow lets pass, Python has no such number.
-_SCALE: Final = 76
+#: Digits of decimals by their bits. Arrow lets larger scales pass, and then writes no number that Python reads.
+_DIGITS: Final = {32: 9, 64: 18, 128: 38, 256: 76}
 _PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -68,7 +68,7 @@ def _is_taken(field: str, kind: pa.DataType) -> bool:
         # A zone whose name is no UTF-8 raises here, not later.
         return bool(pa.types.is_integer(kind) or (pa.types.is_timestamp(kind) and kind.tz != ""))
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    number = number or (pa.types.is_decimal(kind) and abs(kind.scale) <= _SCALE)
+    number = number or (pa.types.is_decimal(kind) and abs(kind.scale) <= _DIGITS[kind.bit_width])
     return bool(number) and field in PRICES | SIZES
 
 

@@ -405,8 +405,8 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     if pa.types.is_integer(kind):
         column = column.cast(pa.decimal128(38, 8))
     elif pa.types.is_floating(kind):
-        if pa.types.is_float64(kind) and (exact := _of_floats(column)) is not None:
-            return exact, 0
+        if pa.types.is_float64(kind) and (found := _of_floats(column)) is not None:
+            return found
         column = column.cast(pa.string())  # the shortest text that reads back as this number
     elif not (pa.types.is_decimal(kind) or pa.types.is_string(kind) or pa.types.is_null(kind)):
         column = _plain(column, pa.string())
@@ -419,17 +419,23 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     return exact, pc.sum(pc.not_equal(exact, wide)).as_py() or 0
 
 
-def _of_floats(column: pa.Array) -> pa.Array | None:
-    """Floats that are the nearest ones to decimals of eight places, as these; None if any is not.
+def _of_floats(column: pa.Array) -> tuple[pa.Array, int] | None:
+    """Prices of floats and how many of them were rounded, by their shortest texts; None if only those can tell.
 
-    That takes 0.02 us a row, by way of text 0.3 us. Up to fifteen digits in all, a float is the nearest one to a single
-    decimal of as many places, so that this is its shortest text.
+    That takes 0.03 us a row, by way of text 0.3 us. Up to fifteen digits in all, a float is the nearest one to a single
+    decimal of as many places, so that this is its shortest text. Any other is rounded, to where there is no doubt
+    unless it lies close to the middle; the product is off by 0.01 at most below 10^13.
     """
-    ticks = pc.round(pc.multiply(column, 1e8))
-    if not pc.all(pc.and_(pc.equal(pc.divide(ticks, 1e8), column), pc.less(pc.abs(ticks), 1e15)), min_count=0).as_py():
+    product = pc.multiply(column, 1e8)
+    ticks = pc.round(product)
+    size = pc.abs(ticks)
+    same = pc.equal(pc.divide(ticks, 1e8), column)
+    clear = pc.and_(pc.less(size, 1e13), pc.less(pc.abs(pc.subtract(product, ticks)), 0.49))
+    if not pc.all(pc.and_(pc.less(size, 1e15), pc.or_(same, clear)), min_count=0).as_py():
         return None
     unscaled = ticks.cast(pa.int64()).cast(pa.decimal128(20))
-    return pa.Array.from_buffers(_PRICE, len(unscaled), unscaled.buffers(), offset=unscaled.offset)
+    prices = pa.Array.from_buffers(_PRICE, len(unscaled), unscaled.buffers(), offset=unscaled.offset)
+    return prices, pc.sum(pc.invert(same)).as_py() or 0
 
 
 def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:

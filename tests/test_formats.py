@@ -508,9 +508,8 @@ def inflated(name: str, chunks: list[bytes], limit: int = 2**24, most: int | Non
     found = encoding.inflater(name, limit)
     assert found is not None
     for chunk in chunks:
-        ended = found.feed(chunk, most=most)
-        while not ended:
-            ended = found.feed(most=most)
+        if not found.feed(chunk, most=most):
+            found.feed()
     return found.finish()
 
 
@@ -533,7 +532,7 @@ def test_an_encoding_that_is_damaged(name: str) -> None:
         with pytest.raises(MalformedBody):
             inflated(name, [wrong])
     with pytest.raises(MalformedBody, match="parts"):
-        inflated(name, [ENCODINGS[name](b"") * 10_001])
+        inflated(name, [ENCODINGS[name](b"") * 2001])
 
 
 @encodings

@@ -38,8 +38,8 @@ from app.writer import Writer
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SIGNATURE_BYTES: Final = 12
-#: More than this of one chunk of a body is decompressed in a thread.
-_INLINE_BYTES: Final = 256 * 1024
+#: What becomes more than this is decompressed in a thread: gzip takes about a millisecond for it.
+_INLINE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)

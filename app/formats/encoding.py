@@ -17,9 +17,9 @@ else:
 
 #: Bytes taken in and given out at a time; a part that ends gives back the rest of what it took.
 _TAKEN: Final = 16 * 1024
-_GIVEN: Final = 256 * 1024
-#: Members of gzip or frames of zstd in one body; blocked gzip has one for each 64 kB.
-_PARTS: Final = 10_000
+_GIVEN: Final = 64 * 1024
+#: Members of gzip or frames of zstd in one body. Blocked gzip has one for each 64 kB; to begin one takes 0.1 ms.
+_PARTS: Final = 2000
 #: 8 MB, the largest window of the content encoding (RFC 9659); it is kept beside the body.
 _WINDOW_LOG: Final = 23
 
@@ -68,9 +68,9 @@ class Inflater:
         self._size = 0
 
     def feed(self, data: bytes = b"", *, most: int | None = None) -> bool:
-        """Decompress the next bytes of the body, until they are used up or about `most` bytes have come out.
+        """Decompress the next bytes of the body; with `most` only about as many of what comes out, and of one part.
 
-        True if they are used up; otherwise call again without data before the next ones.
+        True if they are used up; otherwise call again without data, and without `most`, before the next ones.
 
         Raises:
             BodyTooLarge: the body has become longer than the limit.
@@ -80,6 +80,8 @@ class Inflater:
             self._waiting = memoryview(data)
         stop = None if most is None else self._size + most
         while stop is None or self._size < stop:
+            if most is not None and self._part.eof and (self._part.unused_data or self._waiting):
+                return False
             taken = self._part.unused_data if self._part.eof else b""
             if not taken and (self._part.eof or self._part.needs_input):
                 taken, self._waiting = bytes(self._waiting[:_TAKEN]), self._waiting[_TAKEN:]

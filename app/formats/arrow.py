@@ -34,7 +34,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
             _check_sizes(body, terms)
             table = pa.Table.from_batches(list(reader), reader.schema)
             end = source.tell()
-        table.validate(full=True)
+        columns.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
         raise MalformedBody("Not an Arrow IPC stream, or a damaged one.") from error
     if end != len(body):

@@ -3,8 +3,8 @@
 Invariant: what a column becomes here is never larger than the limit of a body, however small it came.
 """
 
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import pyarrow as pa
@@ -73,15 +73,13 @@ def _is_taken(field: str, kind: pa.DataType) -> bool:
 
 
 def decode(table: pa.Table, fields: Mapping[str, str], terms: Terms) -> Batch:
-    """The batch of a table whose columns are `fields_of_schema`, in their order, and valid Arrow data.
+    """The batch of a table that is validated, whose columns are those of `fields_of_schema` in their order.
 
     Raises:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
     check_size(len(table), terms)
-    columns = {
-        field: _written_out(column, terms.limits.max_bytes) for field, column in zip(fields, table.columns, strict=True)
-    }
+    columns = {field: _written_out(column) for field, column in zip(fields, table.columns, strict=True)}
     batch = Batch.from_table(pa.table(columns), terms, given=fields)
     if batch is not None:
         return batch
@@ -90,32 +88,54 @@ def decode(table: pa.Table, fields: Mapping[str, str], terms: Terms) -> Batch:
     return Batch.from_rows([dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)], terms)
 
 
-def _written_out(column: pa.ChunkedArray, limit: int) -> pa.ChunkedArray:
-    """A column without layouts in which rows share a text: that may be long, and the rows many."""
-    kind = column.type
-    if pa.types.is_string_view(kind):
-        return pa.chunked_array([_viewed(chunk, limit) for chunk in column.chunks], pa.string())
-    if pa.types.is_dictionary(kind):
-        return pa.chunked_array([_looked_up(chunk, limit) for chunk in column.chunks], pa.string())
-    return column
+def validate(table: pa.Table, limit: int) -> None:
+    """Look at every value of a table that somebody else made, so that none leads to other memory.
+
+    Raises:
+        BodyTooLarge: rows share so much text that this takes minutes, or that it is too large when written out.
+        pa.ArrowInvalid: the table is not valid.
+    """
+    table.validate()
+    chunks = [chunk for column in table.columns for chunk in column.chunks]
+    _sum((_looked_at(chunk) for chunk in chunks), limit)
+    table.validate(full=True)
+    _sum((_looked_up(chunk) for chunk in chunks if pa.types.is_dictionary(chunk.type)), limit)
 
 
-def _looked_up(chunk: pa.DictionaryArray, limit: int) -> pa.Array:
-    texts = chunk.dictionary
-    texts = _viewed(texts, limit) if pa.types.is_string_view(texts.type) else texts.cast(pa.string())
-    if (pc.sum(pc.binary_length(texts).take(chunk.indices)).as_py() or 0) > limit:
-        raise BodyTooLarge.beyond(limit)
-    return texts.take(chunk.indices)
-
-
-def _viewed(chunk: pa.Array, limit: int) -> pa.Array:
-    _, views, *texts = chunk.buffers()
-    if len(chunk) * sum(buffer.size for buffer in texts) > limit and views is not None:
-        # A view is 16 bytes, the first four of them the length.
-        lengths = memoryview(views).cast("B").cast("i")[4 * chunk.offset : 4 * (chunk.offset + len(chunk)) : 4]
-        if sum(length for length in lengths if length > 0) > limit:
+def _sum(sizes: Iterable[int], limit: int) -> None:
+    total = 0
+    for size in sizes:
+        total += size
+        if total > limit:
             raise BodyTooLarge.beyond(limit)
-    return chunk.cast(pa.string())
+
+
+def _looked_at(chunk: pa.Array) -> int:
+    """Bytes that validation reads of an array besides its own: of a dictionary, and of what views show."""
+    size = 0
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary
+        size = chunk.get_total_buffer_size()
+    if pa.types.is_string_view(chunk.type):
+        _, views, *shown = chunk.buffers()
+        if shown and views is not None:
+            # A view is 16 bytes, the first four of them the length; that of a null may be anything.
+            part = memoryview(views).cast("B")[16 * chunk.offset : 16 * (chunk.offset + len(chunk))]
+            size += sum(length for length in part.cast("i")[::4] if length > 0)
+    return size
+
+
+def _looked_up(chunk: pa.DictionaryArray) -> int:
+    """Bytes of the text of all rows."""
+    return pc.sum(pc.binary_length(chunk.dictionary.cast(pa.string())).take(chunk.indices)).as_py() or 0
+
+
+def _written_out(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of text in the plain layout, in which no two rows share one."""
+    if pa.types.is_dictionary(column.type):
+        texts = [chunk.dictionary.cast(pa.string()).take(chunk.indices) for chunk in column.chunks]
+        return pa.chunked_array(texts, pa.string())
+    return column.cast(pa.string()) if pa.types.is_string_view(column.type) else column
 
 
 def _values(field: str, column: pa.ChunkedArray) -> list[Any]:
@@ -136,5 +156,5 @@ def _moment(count: int | None, kind: pa.TimestampType) -> Any:
     try:
         moment = EPOCH + timedelta(seconds=seconds, microseconds=rest * 10**6 // _PER_SECOND[kind.unit])
     except OverflowError:
-        return ""  # no timestamp
+        moment = datetime.max.replace(tzinfo=UTC) if count > 0 else datetime.min.replace(tzinfo=UTC)
     return moment if kind.tz is not None else moment.replace(tzinfo=None)

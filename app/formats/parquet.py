@@ -47,7 +47,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
         # Texts that repeat stay a dictionary, until it is known how long they are written out.
         texts = [column.name for column in schema if columns.is_text(column.type)]
         table = pq.ParquetFile(pa.BufferReader(body), read_dictionary=texts, pre_buffer=False).read(use_threads=False)
-        table.validate(full=True)
+        columns.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise MalformedBody("Not a Parquet file, or a damaged one.") from error
     return columns.decode(table, columns.fields_of_schema(table.schema), terms)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from types import GenericAlias
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import msgspec
 import pyarrow as pa
@@ -54,7 +54,8 @@ _PLAIN_INSTANT: Final = (
     r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 )
 _NUMBER: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
-_WHOLE: Final = re.compile(r"-?[0-9]{1,19}", re.ASCII)
+_PLAIN_WHOLE: Final = r"^-?[0-9]{1,19}$"
+_WHOLE: Final = re.compile(_PLAIN_WHOLE.replace("$", r"\Z"), re.ASCII)
 #: A batch up to this long is checked row by row in 3.7 us each; columns cost 650 us whatever their length.
 _FEW: Final = 150
 #: What a row takes in memory while it is a tuple.
@@ -89,6 +90,13 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     ask_size: int | None = None
     volume: int | None = None
     source: str | None = None
+
+
+class Misshapen(NamedTuple):
+    """A row that its format could not make fields of, with the code and the sentence that refuse it."""
+
+    code: str
+    detail: str
 
 
 class Batch:
@@ -209,14 +217,18 @@ class Batch:
         return cls.from_table(pa.table(arrays, names=FIELDS), terms, pointer=pointer)
 
     @classmethod
-    def from_table(cls, table: pa.Table, terms: Terms, *, pointer: str = "") -> Self | None:
+    def from_table(
+        cls, table: pa.Table, terms: Terms, *, pointer: str = "", given: Mapping[str, str] | None = None
+    ) -> Self | None:
         """A batch of columns, named as the fields; None if anything about a value is unusual.
+
+        `given` has by field what the client calls the column.
 
         Raises:
             InvalidQuotes, InvalidRequest, BodyTooLarge: as `from_rows`.
         """
         check_size(len(table), terms, pointer)
-        checks = _Checks(terms, pointer)
+        checks = _Checks(terms, pointer, given)
         present = set(table.column_names)
         arrays = []
         try:
@@ -385,6 +397,8 @@ def _instants(column: pa.Array, precision: Precision | None) -> pa.Array:
             return column.cast(_INSTANT)
         if precision is None:
             raise _Unusual
+        if not pc.all(pc.match_substring_regex(column, _PLAIN_WHOLE)).as_py():  # Arrow reads 0x1F as a number
+            raise _Unusual
         column, kind = column.cast(pa.int64()), pa.int64()
     if pa.types.is_integer(kind) and precision is not None:
         column = column.cast(pa.int64()).cast(pa.timestamp(precision, "UTC"))
@@ -400,6 +414,8 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     if pa.types.is_integer(kind):
         column = column.cast(pa.decimal128(38, 8))
     elif pa.types.is_floating(kind):
+        if pa.types.is_float64(kind) and (found := _of_floats(column)) is not None:
+            return found
         column = column.cast(pa.string())  # the shortest text that reads back as this number
     elif not (pa.types.is_decimal(kind) or pa.types.is_string(kind) or pa.types.is_null(kind)):
         column = _plain(column, pa.string())
@@ -410,6 +426,25 @@ def _decimals(column: pa.Array) -> tuple[pa.Array, int]:
     wide = column.cast(pa.decimal128(38, 20))
     exact = pc.round(wide, 8, "half_towards_infinity").cast(_PRICE)
     return exact, pc.sum(pc.not_equal(exact, wide)).as_py() or 0
+
+
+def _of_floats(column: pa.Array) -> tuple[pa.Array, int] | None:
+    """Prices of floats and how many of them were rounded, by their shortest texts; None if only those can tell.
+
+    That takes 0.03 us a row, by way of text 0.3 us. Up to fifteen digits in all, a float is the nearest one to a single
+    decimal of as many places, so that this is its shortest text. Any other is rounded, to where there is no doubt
+    unless it lies close to the middle; the product is off by 0.01 at most below 10^13.
+    """
+    product = pc.multiply(column, 1e8)
+    ticks = pc.round(product)
+    size = pc.abs(ticks)
+    same = pc.equal(pc.divide(ticks, 1e8), column)
+    clear = pc.and_(pc.less(size, 1e13), pc.less(pc.abs(pc.subtract(product, ticks)), 0.49))
+    if not pc.all(pc.and_(pc.less(size, 1e15), pc.or_(same, clear)), min_count=0).as_py():
+        return None
+    unscaled = ticks.cast(pa.int64()).cast(pa.decimal128(20))
+    prices = pa.Array.from_buffers(_PRICE, len(unscaled), unscaled.buffers(), offset=unscaled.offset)
+    return prices, pc.sum(pc.invert(same)).as_py() or 0
 
 
 def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -431,19 +466,20 @@ def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
 class _Checks:
     """Applies the rules to the columns of one request and collects what is wrong with each row, first fault first."""
 
-    def __init__(self, terms: Terms, pointer: str) -> None:
+    def __init__(self, terms: Terms, pointer: str, columns: Mapping[str, str] | None = None) -> None:
         self.terms = terms
         self.pointer = pointer
         self.rounded = 0
-        #: By row, what the client calls a field where that is another name.
+        #: What the client calls a field where that is another name: by row, and in all other rows.
         self.given: dict[int, dict[str, str]] = {}
+        self._columns = columns or {}
         self._faults: dict[int, Rejection] = {}
 
     def rejections(self) -> list[Rejection]:
         return [self._faults[i] for i in sorted(self._faults)]
 
     def refuse(self, index: int, name: str, code: str, detail: str) -> None:
-        name = self.given.get(index, {}).get(name, name)
+        name = self.given.get(index, self._columns).get(name, name)
         where = f"{self.pointer}/{index}" + (f"/{_escape(name)}" if name else "")
         self._faults.setdefault(index, Rejection(index, where, code, detail))
 
@@ -559,7 +595,9 @@ class _Reader:
                     for fault in error.errors(include_url=False, include_input=False):
                         position = int(fault["loc"][0])
                         faulty.add(position)
-                        self._checks.refuse(keep[position], name, *_explain(fault, missing=name not in rows[position]))
+                        self._checks.refuse(
+                            keep[position], name, *_explain(fault, missing=rows[position].get(name) is None)
+                        )
             if not faulty:
                 break
             keep = [i for position, i in enumerate(keep) if position not in faulty]
@@ -594,6 +632,9 @@ class _Reader:
         keep = []
         self._rows = list(self._rows)
         for i, row in enumerate(self._rows):
+            if isinstance(row, Misshapen):
+                self._checks.refuse(i, "", *row)
+                continue
             if not isinstance(row, Mapping):
                 self._checks.refuse(i, "", "not-an-object", "A quote is a JSON object with the fields of a quote.")
                 continue

@@ -12,6 +12,7 @@
     ├── BodyTooLarge            413
     ├── BodyTimeout             408
     ├── UnsupportedMediaType    415
+    │   └── UnsupportedEncoding 415
     ├── NotAcceptable           406
     ├── Overloaded              503  the write queue is full
     ├── DatabaseUnavailable     503  cannot reach or use the database
@@ -25,7 +26,7 @@ Invariant: a message never carries SQL, a URL with a password, or an echo of the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,11 @@ class BodyTooLarge(QuotesError):
     code = "body-too-large"
     title = "Request too large"
 
+    @classmethod
+    def beyond(cls, limit: int) -> Self:
+        """The refusal of a body that has more bytes than `limit`, as it came or decompressed."""
+        return cls(f"A body has at most {limit} bytes, also when decompressed; send smaller batches.")
+
 
 class BodyTimeout(QuotesError):
     """The client took too long to send its body."""
@@ -158,11 +164,22 @@ class BodyTimeout(QuotesError):
 
 
 class UnsupportedMediaType(QuotesError):
-    """A content type or encoding that no codec reads."""
+    """A content type that no codec reads."""
 
     status = 415
     code = "unsupported-media-type"
     title = "Unsupported media type"
+
+
+class UnsupportedEncoding(UnsupportedMediaType):
+    """A content encoding other than those listed in `accepted`, as for the header `Accept-Encoding`."""
+
+    code = "unsupported-encoding"
+    title = "Unsupported content encoding"
+
+    def __init__(self, detail: str, *, accepted: str) -> None:
+        super().__init__(detail)
+        self.accepted = accepted
 
 
 class NotAcceptable(QuotesError):

@@ -102,12 +102,16 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may carry. Times are aware; a row outside [`oldest`, `newest`] is refused."""
+    """What one request may carry. Times are aware; a row outside [`oldest`, `newest`] is refused.
+
+    `max_bytes` bounds what a body may become by decompression.
+    """
 
     oldest: datetime = EPOCH
     newest: datetime | None = None
     max_rows: int = 1_000_000
     max_days: int = 366
+    max_bytes: int = 64 * 2**20
 
     @classmethod
     def at(
@@ -118,6 +122,7 @@ class Limits:
         chunk: timedelta = timedelta(days=1),
         max_rows: int = 1_000_000,
         max_days: int = 366,
+        max_bytes: int = 64 * 2**20,
     ) -> Self:
         """Limits at `now`: sixty seconds ahead at most, and not so old that retention is about to drop it.
 
@@ -125,7 +130,7 @@ class Limits:
         that: whatever is acknowledged is in the bars before its raw rows are dropped.
         """
         oldest = EPOCH if retention is None else max(EPOCH, now - retention + 2 * chunk)
-        return cls(oldest, now + timedelta(seconds=60), max_rows, max_days)
+        return cls(oldest, now + timedelta(seconds=60), max_rows, max_days, max_bytes)
 
 
 @dataclass(frozen=True, slots=True)

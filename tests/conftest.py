@@ -28,6 +28,7 @@ import httpx
 import pytest
 import structlog
 from fastapi import FastAPI
+from hypothesis import settings as hypothesis_settings
 
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
@@ -36,6 +37,10 @@ from app.main import create_app
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
 from tests.pglite_lane import LaneUnavailable, timescaledb_server
+
+# How long an example takes is up to the machine and whatever else it does.
+hypothesis_settings.register_profile("untimed", deadline=None)
+hypothesis_settings.load_profile("untimed")
 
 LANES = ("postgresql", "timescaledb", "external")
 EXTERNAL_URL = os.environ.get("TEST_DATABASE_URL", "")

@@ -155,7 +155,7 @@ async def test_a_bad_row_is_named_and_nothing_is_stored(
         (b"", NDJSON, 400, "invalid-request"),
         (b"\n\n", NDJSON, 400, "invalid-request"),
         (b"<quote/>", {"content-type": "text/xml"}, 415, "unsupported-media-type"),
-        (b"[]", {**JSON, "content-encoding": "br"}, 415, "unsupported-media-type"),
+        (b"[]", {**JSON, "content-encoding": "br"}, 415, "unsupported-encoding"),
     ],
 )
 async def test_a_body_that_holds_no_quotes(

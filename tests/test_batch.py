@@ -1,10 +1,11 @@
 """The fast ways into a batch mean the same as the thorough one, and take no row that it refuses."""
 
 import json as standard_json
+import operator
 import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import msgspec
@@ -189,6 +190,34 @@ def test_prices_of_any_numeric_column(column: pa.Array, expected: list[str]) -> 
     thorough = Batch.from_rows(table(price=column).to_pylist(), Terms(Limits.at(NOW)))
     if column.type != pa.float32():  # as a Python number it has lost its shortest text
         assert outcome(lambda: batch) == outcome(lambda: thorough)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.floats(),
+            st.floats(0, 2e7),
+            st.decimals("-1e7", "1e7", places=8).map(float),
+            st.decimals("0.01", "100", places=9).map(float),
+            st.integers(0, 10**9).map(lambda v: v / 100),
+            st.integers(0, 10**9).map(lambda v: v / 100 * 1.1),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_float_is_the_shortest_decimal_that_reads_back_as_it(values: list[float | None]) -> None:
+    found = batch_module._of_floats(pa.array([None, *values], pa.float64())[1:])
+    if found is not None:
+        prices, rounded = found
+        prices.validate(full=True)
+        texts = [None if value is None else Decimal(repr(value)) for value in values]
+        exact = [None if text is None else text.quantize(Decimal("0.00000001"), ROUND_HALF_UP) for text in texts]
+        assert prices.to_pylist() == exact
+        assert rounded == sum(map(operator.ne, exact, texts))
+    elif all(value is None or (repr(value) == f"{value:.2f}".rstrip("0") and value < 1e6) for value in values):
+        raise AssertionError(values)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from prometheus_client import REGISTRY
 from typer.testing import CliRunner
 
 from app import __version__, cli, errors
+from app.formats import FORMATS
 from app.main import create_app
+from app.model import ALIASES
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +51,22 @@ def test_every_metric_is_documented_and_nothing_else() -> None:
 def test_every_problem_and_every_code_is_documented() -> None:
     codes = {kind.code for kind in _tree(errors.QuotesError)} - {"internal-error", "startup-error", "client-error"}
     # In these modules every hyphenated word in quotes is the code of a refused row.
-    for module in ("batch.py", "repository/ingest.py"):
+    for module in ("batch.py", "formats/csv.py", "repository/ingest.py"):
         codes |= set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', (ROOT / "app" / module).read_text()))
     assert len(codes) > 25
     for code in codes:
         assert f"`{code}`" in API, code
+
+
+def test_every_other_name_of_a_field_is_documented_and_nothing_else() -> None:
+    table = API.partition("| name | field |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", table, re.MULTILINE)) == ALIASES
+
+
+def test_every_format_is_documented_with_an_example() -> None:
+    for fmt in FORMATS.values():
+        assert f"| {', '.join(f'`{media}`' for media in fmt.media_types)} |" in API
+        assert f"-H 'content-type: {fmt.media_types[0]}'" in API
 
 
 def _tree(kind: type[errors.QuotesError]) -> set[type[errors.QuotesError]]:

@@ -40,7 +40,7 @@ def refused(**fields: Any) -> tuple[str, str]:
         ({"symbol": "A\n"}, "/1/symbol", "symbol-invalid"),
         ({"symbol": "\ud800"}, "/1/symbol", "not-unicode"),
         ({"symbol": 7}, "/1/symbol", "wrong-type"),
-        ({"symbol": None}, "/1/symbol", "wrong-type"),
+        ({"symbol": None}, "/1/symbol", "field-missing"),
         ({"timestamp": "2026-11-20T14:30:00"}, "/1/timestamp", "timestamp-naive"),
         ({"timestamp": "yesterday"}, "/1/timestamp", "timestamp-invalid"),
         ({"timestamp": "2026-13-20T14:30:00Z"}, "/1/timestamp", "timestamp-invalid"),

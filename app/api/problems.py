@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from app.errors import Conflict, InvalidQuotes, QuotesError, Rejection
+from app.errors import Conflict, InvalidQuotes, QuotesError, Rejection, UnsupportedEncoding
 
 log = structlog.get_logger(__name__)
 
@@ -109,6 +109,8 @@ async def _quotes_error(request: Request, error: Exception) -> Response:
         where = {"pointer": error.pointer, "parameter": error.parameter}
         errors = [{"code": error.code, "detail": error.detail, **{k: v for k, v in where.items() if v is not None}}]
     headers = {} if error.retry_after is None else {"Retry-After": str(round(error.retry_after))}
+    if isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = error.accepted  # RFC 9110, section 12.5.3
     if error.status >= 500:  # noqa: PLR2004
         log.warning("request failed", code=error.code, cause=type(error.__cause__).__name__)
     return _answer(request, error.status, error.code, error.title, error.detail, errors, total, headers)

@@ -43,8 +43,6 @@ from app.repository.receipts import IdempotencyKey, Replayed
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 
-#: Above this a body is decoded in a thread: half a megabyte is a few milliseconds of the event loop.
-_INLINE_BYTES: Final = 512 * 1024
 _DEFAULT_SPAN: Final = timedelta(days=1)
 
 
@@ -203,6 +201,9 @@ _BODY: Final[dict[str, Any]] = {
                 }
             },
             "application/x-ndjson": {"schema": {"type": "string", "description": "One quote a line."}},
+            "text/csv": {"schema": {"type": "string", "description": "A header line, then one quote a line."}},
+            "application/vnd.apache.arrow.stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
         },
     },
 }
@@ -250,7 +251,7 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
     codec = formats.reader(request.headers.get("content-type"))
     body = await read_body(request, wired.settings)
     arrived = time.time()
-    large = len(body) > _INLINE_BYTES
+    large = len(body) > codec.inline_bytes
     key = None
     if name is not None and not query.dry_run:
         asked = (request, query, body)

@@ -10,7 +10,7 @@ from typing import Final
 
 from app.batch import Batch
 from app.errors import NotAcceptable, UnsupportedMediaType
-from app.formats import json, ndjson
+from app.formats import arrow, csv, json, ndjson, parquet
 from app.model import Terms
 
 
@@ -18,13 +18,15 @@ from app.model import Terms
 class Format:
     """A format: its name for `?format=`, its media types (the first is canonical) and its decoder.
 
-    `decode` turns a body into a batch on the terms of the request.
+    `decode` turns a body into a batch on the terms of the request. Above `inline_bytes` that takes more than a few
+    milliseconds, and belongs in a thread.
     """
 
     name: str
     media_types: tuple[str, ...]
     decode: Callable[[bytes, Terms], Batch]
     writes: bool
+    inline_bytes: int = 512 * 1024
 
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
@@ -33,6 +35,15 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         for fmt in (
             Format("json", ("application/json",), json.decode, writes=True),
             Format("ndjson", ("application/x-ndjson", "application/jsonl"), ndjson.decode, writes=False),
+            Format("csv", ("text/csv",), csv.decode, writes=False),
+            Format("arrow", ("application/vnd.apache.arrow.stream",), arrow.decode, writes=False),
+            Format(
+                "parquet",
+                ("application/vnd.apache.parquet", "application/x-parquet"),
+                parquet.decode,
+                writes=False,
+                inline_bytes=32 * 1024,  # a row is ten bytes in it
+            ),
         )
     }
 )
@@ -43,14 +54,19 @@ def reader(content_type: str | None) -> Format:
     """The format of a body by its content type; JSON where none is given.
 
     Raises:
-        UnsupportedMediaType: no format has it.
+        UnsupportedMediaType: no format has it, or it is text in another charset than UTF-8.
     """
-    media = (content_type or "application/json").partition(";")[0].strip().lower()
-    try:
-        return _BY_MEDIA_TYPE[media]
-    except KeyError:
+    media, *parameters = (content_type or "application/json").split(";")
+    media = media.strip().lower()
+    if media not in _BY_MEDIA_TYPE:
         known = ", ".join(_BY_MEDIA_TYPE)
-        raise UnsupportedMediaType(f"The content type is not one of {known}.") from None
+        raise UnsupportedMediaType(f"The content type is not one of {known}.")
+    if media.startswith("text/"):
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip().lower() == "charset" and value.strip(' "').lower() not in {"utf-8", "us-ascii"}:
+                raise UnsupportedMediaType("Text is taken in UTF-8.")
+    return _BY_MEDIA_TYPE[media]
 
 
 def writer(accept: str | None) -> Format:

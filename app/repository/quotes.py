@@ -140,6 +140,7 @@ class QuoteRepository:
             chunk=self._settings.chunk_interval,
             max_rows=self._settings.max_batch_rows,
             max_days=self._settings.max_batch_days,
+            max_bytes=self._settings.max_body_bytes,
         )
 
     async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:

@@ -1,0 +1,729 @@
+"""Every format and encoding of a body means the same, and none of them can hurt the service."""
+
+import csv as standard_csv
+import gzip
+import io
+import json as standard_json
+import random
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app import formats
+from app.batch import Batch
+from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest, MalformedBody, QuotesError, UnsupportedMediaType
+from app.formats import arrow, columns, csv, encoding, parquet
+from app.main import create_app
+from app.model import FIELDS, Limits, Precision, Terms
+from tests.conftest import Lane, Serve, random_symbol, running
+from tests.test_api import problem
+from tests.test_batch import NOW, outcome, requests
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+TERMS = Terms(Limits.at(NOW))
+WHEN = "2026-11-20T10:00:00Z"
+
+
+def in_csv(rows: list[dict[str, str]], *, columns: tuple[str, ...] = FIELDS, **dialect: Any) -> bytes:
+    text = io.StringIO()
+    writer = standard_csv.DictWriter(text, columns, **dialect)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def in_arrow(table: pa.Table, *, rows: int | None = None, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in table.to_batches(rows):
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def in_parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+def good(count: int = 3) -> pa.Table:
+    return pa.table(
+        {
+            "symbol": [f"S{i}" for i in range(count)],
+            "timestamp": [NOW - timedelta(seconds=i + 1) for i in range(count)],
+            "price": pa.array([Decimal(i + 1) for i in range(count)], pa.decimal128(20, 8)),
+            "source": ["feed"] * count,
+        }
+    )
+
+
+# --- CSV ---
+
+
+@given(
+    requests,
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([standard_csv.QUOTE_MINIMAL, standard_csv.QUOTE_ALL]),
+    st.sampled_from([None, "s", "us"]),
+    st.booleans(),
+)
+def test_csv_means_the_same_as_rows_of_text(
+    rows: list[dict[str, Any]], ends: str, quoting: Any, precision: Precision | None, bom: bool
+) -> None:
+    texts = [{name: str(value) for name, value in row.items() if value not in (None, "")} for row in rows]
+    body = b"\xef\xbb\xbf" * bom + in_csv(texts, lineterminator=ends, quoting=quoting)
+    terms = Terms(Limits.at(NOW), precision=precision)
+    assert outcome(lambda: csv.decode(body, terms)) == outcome(lambda: Batch.from_rows(texts, terms))
+
+
+cells = st.lists(
+    st.sampled_from(['"', '""', ",", "\n", "\r", "\r\n", "A", "1", WHEN, "0x1F", " 7", "\0", "é", f"A,{WHEN},1,2\n"]),
+    max_size=12,
+).map("".join)
+
+
+@given(cells, st.sampled_from([None, "s"]))
+@settings(max_examples=500)
+def test_the_two_ways_through_csv_agree(text: str, precision: Precision | None) -> None:
+    body = b"symbol,timestamp,price,volume\n" + text.encode()
+    terms = Terms(Limits.at(NOW), "skip", "update", precision)
+    both = outcome(lambda: csv.decode(body, terms))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csv, "_table", lambda *_: None)
+        assert outcome(lambda: csv.decode(body, terms)) == both
+
+
+@pytest.mark.parametrize("quoting", [standard_csv.QUOTE_MINIMAL, standard_csv.QUOTE_ALL])
+def test_usual_csv_goes_the_fast_way(monkeypatch: pytest.MonkeyPatch, quoting: Any) -> None:
+    monkeypatch.setattr(csv, "_rows", None)
+    rows = [{"ticker": name, "ts": WHEN, "last": "1.50", "volume": "7", "source": ""} for name in ("NA", "null", "nan")]
+    body = in_csv(rows, columns=("source", "ts", "volume", "ticker", "last"), quoting=quoting)
+    found = csv.decode(body, TERMS).rows.to_pylist()
+    assert [row["symbol"] for row in found] == ["NA", "NAN", "NULL"]
+    assert {(row["price"], row["volume"], row["source"], row["bid"]) for row in found} == {
+        (Decimal("1.5"), 7, None, None)
+    }
+    with pytest.raises(InvalidQuotes) as caught:
+        csv.decode(body.replace(b"1.50", b"-1.5"), TERMS)
+    assert caught.value.rejections[1].pointer == "/1/last"
+
+
+@pytest.mark.parametrize(
+    ("line", "pointer", "code"),
+    [
+        (f"A,{WHEN}", "", "row-ragged"),
+        (f"A,{WHEN},1,1,1", "", "row-ragged"),
+        (f",{WHEN},1,", "/symbol", "field-missing"),
+        ("A,2026-11-20T10:00:00,1,", "/ts", "timestamp-naive"),
+        ("A,1763600000,1,", "/ts", "timestamp-invalid"),
+        (f"A,{WHEN},abc,", "/last", "wrong-type"),
+        (f"A,{WHEN},nan,", "/last", "not-finite"),
+        (f"A,{WHEN},-1,", "/last", "price-not-positive"),
+        (f"A,{WHEN},,", "/last", "price-missing"),
+        (f"A,{WHEN},1,1.5", "/volume", "wrong-type"),
+        (f"A,{WHEN},1,0x1F", "/volume", "wrong-type"),
+        (f"A,{WHEN},1,-1", "/volume", "size-negative"),
+        ("A,2999-01-01T00:00:00Z,1,", "/ts", "timestamp-in-future"),
+    ],
+)
+def test_a_bad_line_of_csv_is_named(line: str, pointer: str, code: str) -> None:
+    body = f"symbol,ts,last,volume\r\nA,{WHEN},1,2\r\n\r\n{line}\r\nB,{WHEN},1.00,2".encode()
+    batch = csv.decode(body, Terms(TERMS.limits, "skip"))
+    found = [(r.index, r.pointer, r.code) for r in batch.rejected]
+    assert found == [(1, f"/1{pointer}", code)]
+    assert (batch.received, batch.rows["symbol"].to_pylist()) == (3, ["A", "B"])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "empty"),
+        (b"\nA,B", "empty"),
+        (b"symbol,timestamp,prise\n", "'prise'"),
+        (b"symbol,timestamp,Price\n", "'Price'"),
+        (b"symbol,timestamp,price,last\n", "both the price"),
+        (b"symbol,timestamp,price,price\n", "both the price"),
+        (b"symbol,price\n", "timestamp is missing"),
+        (b"ts,price\n", "symbol is missing"),
+        (b"symbol;timestamp\n", "unknown"),
+        (b"\xff\xfes\n", "UTF-8"),
+        (b"x" * 5000, "unknown"),
+        (b"symbol,timestamp,price\nA,\xff,1\n", "UTF-8"),
+        (f'symbol,timestamp,price\nA,{WHEN},"1"2\n'.encode(), "Not CSV"),
+        (f'symbol,timestamp,price\nA,{WHEN},"1\nB,{WHEN},1\n'.encode(), "Not CSV"),
+        (f"symbol,timestamp,source\nA,{WHEN},{'x' * 200_000}\n".encode(), "Not CSV"),
+    ],
+)
+def test_what_is_no_csv_of_quotes(body: bytes, words: str) -> None:
+    with pytest.raises(MalformedBody) as caught:
+        csv.decode(body, TERMS)
+    assert words in caught.value.detail
+
+
+@pytest.mark.parametrize("rows", [11, 12, 30])
+def test_csv_of_too_many_rows(rows: int) -> None:
+    body = b"symbol,timestamp,price\n" + f"A,{WHEN},1\n".encode() * rows
+    with pytest.raises(BodyTooLarge):
+        csv.decode(body, Terms(Limits(max_rows=10)))
+    assert csv.decode(body.replace(b"\n", b"\n\n"), Terms(Limits(max_rows=rows))).received == rows
+
+
+def test_csv_without_a_row() -> None:
+    with pytest.raises(InvalidRequest):
+        csv.decode(b"symbol,timestamp,price\n\n", TERMS)
+
+
+def test_text_is_utf_8() -> None:
+    for parameters in ("", "; charset=utf-8", '; header=present; Charset="UTF-8"'):
+        assert formats.reader("text/csv" + parameters).name == "csv"
+    with pytest.raises(UnsupportedMediaType):
+        formats.reader("text/csv; charset=iso-8859-1")
+
+
+# --- columns ---
+
+texts = st.sampled_from([pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
+moments = st.integers(1_763_500_000_000, 1_763_600_000_000)  # milliseconds of two days before NOW
+
+
+def column(values: st.SearchStrategy[Any], kinds: st.SearchStrategy[pa.DataType], same: Callable[[Any], Any]) -> Any:
+    """An Arrow type, values of it, and what a JSON client would write for a value."""
+    return st.tuples(st.just(values), kinds, st.just(same))
+
+
+def same(value: Any) -> Any:
+    return value
+
+
+def moment(count: int, per_second: int) -> Any:
+    try:
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=count * 10**6 // per_second)
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+prices = st.one_of(
+    column(st.one_of(st.decimals(-10, 10**13, places=9), st.none()), st.just(pa.decimal128(30, 9)), same),
+    column(st.one_of(st.decimals("0.01", 10**6, places=2), st.none()), st.just(pa.decimal128(20, 8)), same),
+    column(st.one_of(st.floats(), st.floats(0.01, 1e6), st.none()), st.just(pa.float64()), str),
+    column(st.integers(1, 10**6).map(lambda v: v / 100), st.just(pa.float64()), str),
+    column(st.integers(-3, 1000).map(lambda v: v / 4), st.just(pa.float32()), str),
+    column(st.one_of(st.integers(-2, 127), st.none()), st.sampled_from([pa.int8(), pa.int64()]), same),
+    column(st.sampled_from(["1.5", "abc", "", "1e3", "nan", None]), texts, same),
+    column(st.none(), st.just(pa.null()), same),
+)
+volumes = st.one_of(
+    column(st.one_of(st.integers(-1, 100), st.none()), st.sampled_from([pa.int16(), pa.int64()]), same),
+    column(st.integers(0, 2**64 - 1), st.just(pa.uint64()), same),
+    column(st.sampled_from([1.0, 1.5, -1.0, 1e30, None]), st.just(pa.float64()), same),
+    column(st.sampled_from(["7", "x", "1.5", None]), texts, same),
+    column(st.decimals(-1, 9, places=1), st.just(pa.decimal128(5, 1)), same),
+    column(st.none(), st.just(pa.null()), same),
+)
+instants = st.one_of(
+    *(
+        column(
+            st.one_of(moments, st.integers(-10, 10**15)).map(factor.__mul__),
+            st.just(pa.timestamp(unit, "Asia/Kolkata")),
+            partial(moment, per_second=factor * 1000),
+        )
+        for unit, factor in (("ms", 1), ("us", 1000))
+    ),
+    column(
+        st.one_of(moments.map(lambda v: v * 10**6 + 999), st.none()),
+        st.just(pa.timestamp("ns", "UTC")),
+        lambda v: None if v is None else moment(v, 10**9),
+    ),
+    column(moments, st.just(pa.timestamp("ms")), lambda v: moment(v, 1000).replace(tzinfo=None)),
+    column(moments.map(lambda v: v // 1000), st.sampled_from([pa.int64(), pa.uint32()]), same),
+    column(st.sampled_from([WHEN, "x", "1763600000", "2026-11-20T10:00:00", None]), texts, same),
+)
+names = column(st.sampled_from(["A", "a", "BRK.B", "NA", "", "ß", "x" * 33, None]), texts, same)
+sources = column(st.one_of(st.none(), st.text(max_size=5), st.just("x" * 256)), texts, same)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """A table, and the same rows as a JSON client would write them."""
+    size = draw(st.integers(1, 6))
+    arrays, written = {}, []
+    for field, kinds in (
+        ("ticker", names), ("timestamp", instants), ("last", prices), ("bid", prices), ("volume", volumes),
+        ("source", sources),
+    ):  # fmt: skip
+        values, kind, write = draw(kinds)
+        found = draw(st.lists(values, min_size=size, max_size=size))
+        if pa.types.is_timestamp(kind):
+            arrays[field] = pa.array(found, pa.int64()).cast(kind)
+        elif pa.types.is_dictionary(kind):
+            arrays[field] = pa.array(found, pa.string()).dictionary_encode().cast(kind)
+        else:
+            arrays[field] = pa.array(found, kind)
+        written.append([(field, None if value is None else write(value)) for value in found])
+    rows = [dict(row) for row in zip(*written, strict=True)]
+    return pa.table(arrays), rows
+
+
+@given(tables(), st.sampled_from([None, "s"]), st.sampled_from([None, 2]), st.sampled_from([None, "zstd", "lz4"]))
+@settings(max_examples=300)
+def test_columns_mean_the_same_as_rows(
+    case: tuple[pa.Table, list[dict[str, Any]]], precision: Precision | None, split: int | None, compression: str | None
+) -> None:
+    table, rows = case
+    terms = Terms(Limits.at(NOW), "skip", "update", precision)
+    expected = outcome(lambda: Batch.from_rows(rows, terms))
+    body = in_arrow(table, rows=split, compression=compression)
+    assert outcome(lambda: arrow.decode(body, terms)) == expected
+    body = in_parquet(table, compression=compression or "snappy", row_group_size=split or 100)
+    assert outcome(lambda: parquet.decode(body, terms)) == expected
+
+
+COLUMNAR: dict[str, tuple[Callable[[bytes, Terms], Batch], Callable[..., bytes]]] = {
+    "arrow": (arrow.decode, in_arrow),
+    "parquet": (parquet.decode, in_parquet),
+}
+columnar = pytest.mark.parametrize(("decode", "write"), COLUMNAR.values(), ids=COLUMNAR)
+Decode = Callable[[bytes, Terms], Batch]
+
+
+@columnar
+def test_usual_columns_go_the_fast_way(
+    decode: Decode, write: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batch, "from_rows", None)
+    table = good().rename_columns(["ticker", "ts", "last", "source"])
+    assert decode(write(table), TERMS).rows["symbol"].to_pylist() == ["S0", "S1", "S2"]
+    for kind in (pa.float64(), pa.float32(), pa.int64(), pa.string()):
+        again = table.set_column(2, "last", table["last"].cast(kind))
+        assert decode(write(again), TERMS).rows.to_pylist() == decode(write(table), TERMS).rows.to_pylist()
+    with pytest.raises(InvalidQuotes) as caught:
+        decode(write(table.set_column(2, "last", pa.array([1, 0, 1]))), TERMS)
+    assert [r.pointer for r in caught.value.rejections] == ["/1/last"]
+
+
+@columnar
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.append_column("prise", t["price"]), "'prise'"),
+        (lambda t: t.append_column("__index_level_0__", t["price"]), "'__index_level_0__'"),
+        (lambda t: t.append_column("last", t["price"]), "both the price"),
+        (lambda t: t.drop_columns(["timestamp"]), "timestamp is missing"),
+        (lambda t: t.set_column(0, "symbol", pa.array([b"a", b"b", b"c"])), "column symbol is of a type"),
+        (lambda t: t.set_column(2, "price", pa.array([[1], [2], [3]])), "column price is of a type"),
+        (lambda t: t.set_column(2, "price", pa.array([True, True, False])), "column price is of a type"),
+        (lambda t: t.set_column(2, "price", pa.array([NOW] * 3)), "column price is of a type"),
+        (lambda t: t.set_column(2, "price", pa.array([{"a": 1}] * 3)), "column price is of a type"),
+    ],
+)
+def test_columns_that_are_none_of_a_quote(
+    decode: Decode, write: Callable[..., bytes], change: Callable[[pa.Table], pa.Table], words: str
+) -> None:
+    with pytest.raises(MalformedBody) as caught:
+        decode(write(change(good())), TERMS)
+    assert words in caught.value.detail
+
+
+@columnar
+def test_no_rows_and_too_many(decode: Decode, write: Callable[..., bytes]) -> None:
+    with pytest.raises(InvalidRequest):
+        decode(write(good().slice(0, 0)), TERMS)
+    with pytest.raises(BodyTooLarge):
+        decode(write(good(11)), Terms(Limits(max_rows=10)))
+    assert decode(write(good(10)), Terms(Limits(max_rows=10))).received == 10
+
+
+def test_damaged_columns() -> None:
+    stream, file = in_arrow(good()), in_parquet(good())
+    for decode, body in (
+        (arrow.decode, b""),
+        (arrow.decode, b"ARROW1\0\0"),
+        (arrow.decode, stream[:-20]),
+        (arrow.decode, stream + stream),
+        (arrow.decode, stream + b"\0"),
+        (arrow.decode, file),
+        (parquet.decode, b""),
+        (parquet.decode, b"PAR1" * 3),
+        (parquet.decode, file[:-1]),
+        (parquet.decode, file[100:]),
+        (parquet.decode, stream),
+    ):
+        with pytest.raises(MalformedBody):
+            decode(body, TERMS)
+
+
+def test_a_decimal_that_no_number_can_be_written_of() -> None:
+    table = good()
+    for kind in (pa.decimal128(38, 40), pa.decimal128(38, -2000)):
+        wide = pa.Array.from_buffers(kind, 3, [None, pa.py_buffer(b"\1" + bytes(47))])
+        with pytest.raises(MalformedBody, match="column price"):
+            arrow.decode(in_arrow(table.set_column(2, "price", wide)), TERMS)
+
+
+def test_a_zone_whose_name_is_no_text() -> None:
+    body = in_arrow(good().set_column(1, "timestamp", pa.array([1, 2, 3], pa.timestamp("us", "ZONE"))))
+    assert body.count(b"ZONE") == 1
+    with pytest.raises(MalformedBody):
+        arrow.decode(body.replace(b"ZONE", b"ZO\xbbE"), TERMS)
+
+
+def test_an_index_beyond_its_dictionary_is_not_followed() -> None:
+    table = good()
+    bad = pa.DictionaryArray.from_arrays(pa.array([0, 1_000_000, 0], pa.int32()), pa.array(["feed"]), safe=False)
+    with pytest.raises(MalformedBody):
+        arrow.decode(in_arrow(table.set_column(3, "source", bad)), TERMS)
+
+
+def big(kind: pa.DataType, *, length: int = 2**20, rows: int = 10_000) -> pa.Table:
+    """A few bytes that stand for 10 GB: one long text in all rows."""
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * length]))
+    table = good(rows)
+    if pa.types.is_string_view(kind):
+        one = pa.array(["x" * length], pa.string_view()).buffers()
+        view = pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(one[1].to_pybytes() * rows), one[2]])
+        return table.set_column(3, "source", view)
+    return table.set_column(3, "source", shared)
+
+
+def test_a_long_text_in_many_rows_is_not_written_out() -> None:
+    for body in (in_arrow(big(pa.string_view())), in_arrow(big(pa.dictionary(pa.int32(), pa.string())))):
+        with pytest.raises(BodyTooLarge):
+            arrow.decode(body, TERMS)
+    with pytest.raises(BodyTooLarge):
+        parquet.decode(in_parquet(big(pa.dictionary(pa.int32(), pa.string()))), TERMS)
+
+
+def test_what_rows_share_is_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = pa.array(["x" * 2**20], pa.string_view()).buffers()
+    shown = pa.Array.from_buffers(pa.string_view(), 1000, [None, pa.py_buffer(views[1].to_pybytes() * 1000), views[2]])
+    table = good(1000)
+    long = pa.array(["feed", "x" * 2**20])
+    indices = pa.array([0] * 1000, pa.int32())
+    monkeypatch.setattr(columns, "_looked_up", None)
+    for source, rows in (
+        (shown, 1000),
+        (pa.DictionaryArray.from_arrays(indices, shown), 1000),
+        (pa.DictionaryArray.from_arrays(indices, long), 1),
+    ):
+        body = in_arrow(table.set_column(3, "source", source), rows=rows)
+        assert len(body) < 2**21
+        with pytest.raises(BodyTooLarge):
+            arrow.decode(body, TERMS)
+
+
+def test_long_texts_are_counted_over_all_batches() -> None:
+    """Each batch alone is within the limit, all together are not."""
+    for kind in (pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        table = big(kind, length=10_000, rows=1000)
+        assert arrow.decode(in_arrow(table, rows=100), Terms(TERMS.limits, "skip")).received == 1000
+        with pytest.raises(BodyTooLarge):
+            arrow.decode(in_arrow(table, rows=100), Terms(Limits(max_bytes=5_000_000), "skip"))
+
+
+def test_a_long_text_in_many_rows_of_shared_prefixes_is_not_written_out() -> None:
+    table = good(100).set_column(3, "source", pa.array(["x" * 10_000] * 100))
+    body = in_parquet(table, use_dictionary=False, column_encoding={"source": "DELTA_BYTE_ARRAY"})
+    with pytest.raises(MalformedBody, match="DELTA_BYTE_ARRAY"):
+        parquet.decode(body, TERMS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "zstd"}, {"data_page_version": "2.0"}, {"use_dictionary": False}]
+)
+def test_pages_are_walked_to_their_end(options: dict[str, Any]) -> None:
+    body = in_parquet(good(20_000), data_page_size=4096, row_group_size=7000, **options)
+    metadata = pq.ParquetFile(io.BytesIO(body)).metadata
+    groups = parquet._footer(body)[4, parquet._LIST]
+    assert len(groups) == metadata.num_row_groups == 3
+    for i, group in enumerate(groups):
+        for j, chunk in enumerate(group[1, parquet._LIST]):
+            pages = list(parquet._pages(body, chunk[3, parquet._STRUCT]))
+            headers = metadata.row_group(i).column(j).total_uncompressed_size - sum(page.size for page in pages)
+            assert 0 < headers < 100 * len(pages)
+            assert len(pages) > 1
+
+
+# --- mutations ---
+
+
+def samples() -> Iterator[tuple[str, bytes]]:
+    """Valid bodies of the formats that are binary, in their varieties."""
+    table = good(60)
+    shared = table.set_column(3, "source", table["source"].dictionary_encode())
+    viewed = table.set_column(3, "source", table["source"].cast(pa.string_view()))
+    for variety in (table, shared, viewed):
+        yield "arrow", in_arrow(variety, rows=25)
+    yield "arrow", in_arrow(shared, compression="zstd")
+    yield "arrow", in_arrow(table, compression="lz4")
+    yield "parquet", in_parquet(table)
+    yield "parquet", in_parquet(table, compression="zstd", data_page_version="2.0", use_dictionary=False)
+    yield "csv", b'symbol,timestamp,price\n"A",2026-11-20T10:00:00Z,1\n'
+
+
+def mutated(body: bytes, rng: random.Random) -> bytes:
+    text = bytearray(body)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(text))
+        match rng.randrange(4):
+            case 0:
+                text[at] = rng.randrange(256)
+            case 1:
+                text[at : at + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f", rng.randbytes(4)])
+            case 2:
+                del text[at : at + rng.choice([1, 8, 64])]
+            case _:
+                text[at:at] = text[at : at + rng.choice([1, 8, 64])]
+        text = text or bytearray(b"\0")
+    return bytes(text)
+
+
+def mutate(seed: int, count: int) -> None:
+    """Decode bodies with random damage; the process lives, and raises only what is answered as a 4xx."""
+    rng = random.Random(seed)
+    bodies = list(samples())
+    refused = sound = 0
+    for _ in range(count):
+        name, body = rng.choice(bodies)
+        try:
+            formats.FORMATS[name].decode(mutated(body, rng), TERMS)
+        except QuotesError as error:
+            refused += 400 <= error.status < 500
+        else:
+            sound += 1
+    if refused + sound < count:
+        raise AssertionError
+    print(refused)  # noqa: T201  for the test that waits
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_damage_is_a_mistake_of_the_client(seed: int) -> None:
+    program = f"import faulthandler; faulthandler.enable(); from tests.test_formats import mutate; mutate({seed}, 2000)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 500
+
+
+# --- encodings ---
+
+plain = b'[{"symbol":"A"}]' * 50_000
+ENCODINGS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
+encodings = pytest.mark.parametrize("name", ENCODINGS)
+
+
+def inflated(name: str, chunks: list[bytes], limit: int = 2**24, most: int | None = None) -> bytes:
+    found = encoding.inflater(name, limit)
+    assert found is not None
+    for chunk in chunks:
+        if not found.feed(chunk, most=most):
+            found.feed()
+    return found.finish()
+
+
+@encodings
+@given(st.data())
+def test_an_encoded_body_comes_in_any_pieces(name: str, data: st.DataObject) -> None:
+    parts = data.draw(st.lists(st.sampled_from([b"", b"a", b"b" * 300_000, plain]), min_size=1, max_size=4))
+    body = b"".join(map(ENCODINGS[name], parts))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=5)))
+    chunks = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    assert inflated(name, chunks, most=data.draw(st.sampled_from([None, 1, 300_000]))) == b"".join(parts)
+
+
+@encodings
+def test_an_encoding_that_is_damaged(name: str) -> None:
+    body = ENCODINGS[name](plain)
+    damaged = body[: len(body) // 2] + bytes(8) + body[len(body) // 2 + 8 :]
+    for wrong in (b"", b"x", plain, body[:-1], body + b"x", body + b"\0", body + body[:-3], damaged):
+        with pytest.raises(MalformedBody):
+            inflated(name, [wrong])
+    with pytest.raises(MalformedBody, match="parts"):
+        inflated(name, [ENCODINGS[name](b"") * 2001])
+
+
+@encodings
+def test_the_limit_is_on_what_comes_out(name: str) -> None:
+    body = ENCODINGS[name](plain)
+    assert inflated(name, [body], len(plain)) == plain
+    with pytest.raises(BodyTooLarge):
+        inflated(name, [body], len(plain) - 1)
+
+
+def test_a_large_window_is_refused() -> None:
+    for log, taken in ((23, True), (24, False)):
+        compressor = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: log})
+        body = compressor.compress(bytes(2**24)) + compressor.compress(bytes(2**24)) + compressor.flush()
+        if taken:
+            assert len(inflated("zstd", [body], 2**26)) == 2**25
+        else:
+            with pytest.raises(MalformedBody):
+                inflated("zstd", [body], 2**26)
+
+
+# --- over HTTP ---
+
+
+def rows_for(symbol: str) -> list[dict[str, str]]:
+    """Seven rows: four good ones of three keys, three that are refused."""
+    row = {"symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "price": "1.5", "source": "feed"}
+    return [
+        row,
+        row | {"timestamp": "2026-11-16T00:00:01.000001Z", "bid": "1.123456785", "ask": "1.1", "volume": "7"},
+        row | {"timestamp": "2026-11-16T00:00:02Z", "price": "-1"},
+        row | {"price": "2.5"},
+        row | {"timestamp": "2999-01-01T00:00:00Z"},
+        row | {"symbol": symbol.lower(), "timestamp": "2026-11-16T00:00:03Z"},
+        row | {"symbol": "?"},
+    ]
+
+
+def bodies_for(rows: list[dict[str, str]]) -> dict[str, bytes]:
+    table = pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in FIELDS]))
+    for name, kind in (("timestamp", pa.timestamp("us", "UTC")), ("price", pa.float64()), ("volume", pa.int64())):
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    numbers = [row | ({"volume": 7} if "volume" in row else {}) for row in rows]
+    return {
+        "application/json": standard_json.dumps(numbers).encode(),
+        "application/x-ndjson": "\n".join(map(standard_json.dumps, numbers)).encode(),
+        "text/csv": in_csv(rows),
+        "application/vnd.apache.arrow.stream": in_arrow(table),
+        "application/vnd.apache.parquet": in_parquet(table),
+        "application/x-parquet": in_parquet(table),
+    }
+
+
+async def test_every_format_stores_the_same(client: httpx.AsyncClient) -> None:
+    seen = []
+    for media in bodies_for(rows_for("X")):
+        symbol = random_symbol()
+        body = bodies_for(rows_for(symbol))[media]
+        answer = await client.post("/v1/quotes?on_error=skip", content=body, headers={"content-type": media})
+        assert answer.status_code == 200, answer.text
+        stored = await client.get("/v1/quotes", params={"symbols": symbol, "start": "2026-11-16"})
+        seen.append((answer.json(), stored.text.replace(symbol, "X")))
+        refused = problem(
+            await client.post("/v1/quotes", content=body, headers={"content-type": media}), 422, "invalid-quotes"
+        )
+        assert [(e["index"], e["pointer"], e["code"]) for e in refused["errors"]] == [
+            (2, "/2/price", "price-not-positive"),
+            (4, "/4/timestamp", "timestamp-in-future"),
+            (6, "/6/symbol", "symbol-invalid"),
+        ]
+    assert seen[1:] == seen[:-1]
+    receipt, quotes = seen[0]
+    assert {k: v for k, v in receipt.items() if k != "rejected"} == {
+        "received": 7, "inserted": 3, "updated": 0, "unchanged": 0, "superseded": 1, "rounded": 1, "crossed": 1,
+    }  # fmt: skip
+    assert len(receipt["rejected"]) == 3
+    assert quotes.count('"symbol"') == 3
+    assert '"bid":1.12345679' in quotes
+
+
+@pytest.mark.parametrize("name", ["gzip", "X-GZIP", "zstd", "identity"])
+async def test_encodings_of_a_body(client: httpx.AsyncClient, symbol: str, name: str) -> None:
+    body = standard_json.dumps([row | {"volume": 7} for row in rows_for(symbol)[:2]]).encode()
+    body = ENCODINGS.get(name.lower().removeprefix("x-"), bytes)(body)
+    answer = await client.post("/v1/quotes", content=body, headers={"content-encoding": name})
+    assert answer.json()["inserted"] == 2
+
+
+@pytest.mark.parametrize("name", ["br", "gzip, zstd", "deflate", "compress"])
+async def test_another_encoding_is_told_which_ones_there_are(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.post("/v1/quotes", content=b"[]", headers={"content-encoding": name})
+    problem(answer, 415, "unsupported-encoding")
+    assert answer.headers["accept-encoding"] == "gzip, zstd"
+
+
+async def test_an_unknown_type_is_told_which_ones_there_are(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/quotes", content=b"x", headers={"content-type": "text/xml"})
+    body = problem(answer, 415, "unsupported-media-type")
+    for fmt in formats.FORMATS.values():
+        for media in fmt.media_types:
+            assert media in body["detail"]
+
+
+async def test_the_interface_lists_every_format(lane: Lane) -> None:
+    async with running(create_app(lane.make_settings())) as client:
+        document = (await client.get("/openapi.json")).json()
+    listed = document["paths"]["/v1/quotes"]["post"]["requestBody"]["content"]
+    assert set(listed) == {fmt.media_types[0] for fmt in formats.FORMATS.values()}
+
+
+def gzip_bomb() -> Iterator[bytes]:
+    """1 GB of zeros in 1 MB."""
+    deflate = zlib.compressobj(9, wbits=31)
+    head = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    yield head
+    yield block * 1023
+
+
+def zstd_bomb() -> Iterator[bytes]:
+    """1 GB of zeros in 32 kB."""
+    compressor = zstd.ZstdCompressor()
+    for _ in range(1024):
+        yield compressor.compress(bytes(2**20))
+    yield compressor.flush()
+
+
+def memory(pid: int, what: str) -> int:
+    """Bytes that a process holds: VmRSS now, VmHWM at most since it was asked to forget."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(what)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")
+def test_what_is_small_only_when_compressed_does_no_harm(serve: Serve, shared_dir: Path) -> None:
+    table = good(1)
+    long = table.set_column(3, "source", pa.array(["x" * 2**28]))
+    media = {name: fmt.media_types[0] for name, fmt in formats.FORMATS.items()}
+    bombs = {
+        "gzip": (b"".join(gzip_bomb()), {"content-encoding": "gzip"}),
+        "zstd": (b"".join(zstd_bomb()), {"content-encoding": "zstd"}),
+        "arrow zstd": (in_arrow(long, compression="zstd"), {"content-type": media["arrow"]}),
+        "parquet zstd": (in_parquet(long, compression="zstd"), {"content-type": media["parquet"]}),
+        "arrow shared": (in_arrow(big(pa.string_view())), {"content-type": media["arrow"]}),
+        "parquet shared": (in_parquet(big(pa.dictionary(pa.int32(), pa.string()))), {"content-type": media["parquet"]}),
+    }
+    with serve(shared_dir / "bombs", QUOTES_MAX_BODY_BYTES=str(8 * 2**20)) as service:
+        pid = service.process.pid
+        for name, (body, headers) in bombs.items():
+            assert len(body) < 3 * 2**20, name
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+            before = memory(pid, "VmRSS")
+            answer = httpx.post(f"{service.url}/v1/quotes", content=body, headers=headers, timeout=60)
+            problem(answer, 413, "body-too-large")
+            assert memory(pid, "VmHWM") - before < 50 * 2**20, name
+        assert httpx.get(f"{service.url}/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1e3", "٣", "9" * 5000])
+def test_a_length_that_is_no_number(service_url: str, length: str) -> None:
+    host, port = service_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            f"POST /v1/quotes HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n[]".encode()
+        )
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 4"), answer

@@ -7,7 +7,9 @@ drained before its pool closes, and the pool has closed before the embedded data
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import structlog
 from fastapi import FastAPI
@@ -16,7 +18,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_fastapi_instrumentator import Instrumentator
 
 from app import __version__, logs, traces, workers
-from app.api import ohlc, ops, problems, quotes, storage, symbols
+from app.api import ingest, ohlc, ops, problems, quotes, storage, symbols
 from app.api.access import QUIET, Observed
 from app.api.deps import Services
 from app.db.embedded import embedded_postgres
@@ -33,6 +35,9 @@ from app.settings import Settings
 from app.writer import Writer
 
 log = structlog.get_logger(__name__)
+
+#: Threads that read large bodies. They share an interpreter, so that more would not read faster.
+_READERS: Final = 2
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -77,7 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(Observed)
     problems.install(app)
-    for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
+    for router in (ingest.router, quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
     Instrumentator().expose(app, include_in_schema=False)  # last: routes are tried in turn
     _declare(app, settings)
@@ -115,7 +120,8 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     await stack.enter_async_context(monitor)
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
-    return Services(settings, repository, writer, health, monitor)
+    readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
+    return Services(settings, repository, writer, health, monitor, readers)
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -10,10 +10,12 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from functools import partial
+from typing import Annotated, Any, Final, ParamSpec, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -35,7 +37,10 @@ from app.monitor import Monitor
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
 from app.settings import Settings
-from app.writer import Writer
+from app.writer import Room, Writer
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SIGNATURE_BYTES: Final = 12
@@ -52,6 +57,12 @@ class Services:
     writer: Writer
     health: Health
     monitor: Monitor
+    #: Few, because what a body becomes while it is read takes several times its size.
+    readers: ThreadPoolExecutor
+
+    async def read(self, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
+        """What a function makes of a body that is too large to be read on the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, partial(decode, *arguments, **options))
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool
@@ -78,10 +89,11 @@ def require_admin(request: Request, settings: Settings) -> None:
 # --- body ---
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The whole body, decompressed.
+async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
+    """The whole body, decompressed; `room` is taken for it as it arrives.
 
     Raises:
+        Overloaded: there is no more room.
         UnsupportedEncoding: it is encoded in another way than gzip or zstd, or more than once.
         MalformedBody: the encoding is damaged.
         BodyTooLarge: it is longer than `max_body_bytes`, by its header, in fact, or decompressed.
@@ -97,6 +109,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     try:
         async with asyncio.timeout(settings.body_timeout.total_seconds()):
             async for chunk in request.stream():
+                room.grow(len(chunk))
                 size += len(chunk)
                 if size > limit:
                     raise BodyTooLarge.beyond(limit)
@@ -153,6 +166,21 @@ class Query(BaseModel):
     """Base of all query models: an unknown parameter is refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def parameters(model: type[Query]) -> list[dict[str, Any]]:
+    """The fields of a query model as OpenAPI has parameters, for a route that reads its query itself."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": name in schema.get("required", ()),
+            "schema": field,
+            "description": field.get("description", ""),
+        }
+        for name, field in schema["properties"].items()
+    ]
 
 
 class ReadQuery(Query):

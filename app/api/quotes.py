@@ -1,17 +1,15 @@
 """Quotes in, and quotes out: by range, newest, by day, counted."""
 
-import asyncio
-import time
 from datetime import UTC, datetime, timedelta
 from datetime import date as calendar_day
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi import Query as QueryParameters
 from pydantic import BaseModel, Field
 
-from app import formats, metrics
+from app import formats
 from app.api.deps import (
     END,
     START,
@@ -28,18 +26,14 @@ from app.api.deps import (
     encoded,
     json_response,
     page_response,
-    read_body,
     read_token,
     require_admin,
     resolve_symbols,
 )
-from app.api.headers import PARAMETERS, fingerprint, idempotency_key, prefers_minimal
 from app.api.problems import responses
-from app.errors import InvalidQuotes, InvalidRequest, QuotesError
-from app.model import OnConflict, OnError, Precision, Quote, Receipt, Terms, normal_symbol
-from app.repository.ingest import Write
+from app.errors import InvalidRequest
+from app.model import Quote, normal_symbol
 from app.repository.ranges import Range, Sort, day_bounds, zone
-from app.repository.receipts import IdempotencyKey, Replayed
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 
@@ -69,54 +63,6 @@ class Count(BaseModel):
 
     count: int
     exact: bool
-
-
-class RejectedQuote(BaseModel):
-    """A refused row."""
-
-    index: int
-    pointer: str
-    code: str
-    detail: str
-
-
-class IngestReceipt(BaseModel):
-    """What became of one request; the rows are committed.
-
-    `received = inserted + updated + unchanged + superseded + len(rejected)`.
-    """
-
-    received: int
-    inserted: int
-    updated: int
-    unchanged: int
-    superseded: int = Field(description="Rows that another row of the same key in the batch replaced.")
-    rounded: int = Field(description="Prices rounded to eight decimals.")
-    crossed: int = Field(description="Quotes whose bid is above their ask; they are stored.")
-    rejected: list[RejectedQuote]
-    dry_run: Literal[True] | None = Field(
-        default=None, description="Only in the answer to a dry run, of which nothing was stored."
-    )
-
-
-class IngestQuery(Query):
-    """Parameters of ingest."""
-
-    on_conflict: OnConflict = Field(
-        default="update",
-        description="A key that is stored already: `update` it, `ignore` the new row, or refuse it as an `error`.",
-    )
-    on_error: OnError = Field(
-        default="abort", description="A row that is refused: `abort` the request, or `skip` the row and list it."
-    )
-    precision: Precision | None = Field(
-        default=None,
-        description="Unit of timestamps that are whole numbers, counted from 1970-01-01T00:00Z. "
-        "Default: such timestamps are refused.",
-    )
-    dry_run: bool = Field(
-        default=False, description="Answer as without it, but store nothing; an idempotency key is not used up."
-    )
 
 
 class DeleteQuery(Query):
@@ -165,110 +111,6 @@ class CountQuery(ReadQuery):
     start: Time | None = Field(default=None, description=START + " Default: the oldest quote.")
     end: Time | None = Field(default=None, description="End of the range, exclusive. Default: the newest quote.")
     estimate: bool = Field(default=False, description="The planner's guess instead of a count; at no cost.")
-
-
-_REPLAYED: Final = {
-    "Idempotency-Replayed": {
-        "description": "`true` if this is the receipt of an earlier request with the same idempotency key.",
-        "schema": {"type": "string", "enum": ["true"]},
-    }
-}
-_ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "The receipt", "headers": _REPLAYED},
-    204: {
-        "description": "Stored, for `Prefer: return=minimal`",
-        "headers": _REPLAYED | {"Preference-Applied": {"schema": {"type": "string", "enum": ["return=minimal"]}}},
-    },
-}
-_BODY: Final[dict[str, Any]] = {
-    "parameters": PARAMETERS,
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "anyOf": [
-                        {
-                            "type": "object",
-                            "properties": {
-                                "quotes": {"type": "array", "items": {"$ref": "#/components/schemas/Quote"}}
-                            },
-                            "required": ["quotes"],
-                            "additionalProperties": False,
-                        },
-                        {"type": "array", "items": {"$ref": "#/components/schemas/Quote"}},
-                    ]
-                }
-            },
-            "application/x-ndjson": {"schema": {"type": "string", "description": "One quote a line."}},
-            "text/csv": {"schema": {"type": "string", "description": "A header line, then one quote a line."}},
-            "application/vnd.apache.arrow.stream": {"schema": {"type": "string", "format": "binary"}},
-            "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
-
-
-@router.post(
-    "/quotes",
-    response_model=IngestReceipt,
-    responses=_ANSWERS | responses(400, 408, 409, 413, 415, 422, 503),
-    openapi_extra=_BODY,
-)
-async def ingest_quotes(request: Request, query: Annotated[IngestQuery, QueryParameters()], wired: Wired) -> Response:
-    """Store a batch of quotes. The answer is sent after the commit, so a 200 is never lost."""
-    try:
-        receipt = await _ingest(request, query, wired)
-    except QuotesError as error:
-        if not query.dry_run:
-            metrics.INGEST_REFUSED.labels(error.code).inc()
-            if isinstance(error, InvalidQuotes):
-                metrics.INGEST_ROWS.labels("rejected").inc(len(error.rejections))
-        raise
-    request.state.rows = receipt.received
-    if query.dry_run:
-        return encoded(msgspec.to_builtins(receipt) | {"dry_run": True})
-    if isinstance(receipt, Replayed):
-        headers = {"Idempotency-Replayed": "true"}
-    else:
-        headers = {}
-        _count(receipt)
-    if prefers_minimal(request) and not (receipt.rejected or receipt.superseded):
-        return Response(status_code=204, headers={**headers, "Preference-Applied": "return=minimal"})
-    return encoded(receipt, headers=headers)
-
-
-def _count(receipt: Receipt) -> None:
-    metrics.INGEST_BATCH_ROWS.observe(receipt.received)
-    metrics.INGEST_CROSSED.inc(receipt.crossed)
-    for result in ("inserted", "updated", "unchanged", "superseded"):
-        metrics.INGEST_ROWS.labels(result).inc(getattr(receipt, result))
-    metrics.INGEST_ROWS.labels("rejected").inc(len(receipt.rejected))
-
-
-async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Receipt:
-    name = idempotency_key(request)
-    codec = formats.reader(request.headers.get("content-type"))
-    body = await read_body(request, wired.settings)
-    arrived = time.time()
-    large = len(body) > codec.inline_bytes
-    key = None
-    if name is not None and not query.dry_run:
-        asked = (request, query, body)
-        digest = await asyncio.to_thread(fingerprint, *asked) if large else fingerprint(*asked)
-        key = IdempotencyKey(name, digest)
-    terms = Terms(wired.quotes.limits(), query.on_error, query.on_conflict, query.precision)
-    try:
-        batch = await asyncio.to_thread(codec.decode, body, terms) if large else codec.decode(body, terms)
-    except QuotesError:
-        # What was taken the first time may be refused by now: quotes grow too old, limits change.
-        if key is not None and (receipt := await wired.quotes.replay(key)) is not None:
-            return receipt
-        raise
-    receipt = await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, key, query.dry_run))
-    if not query.dry_run and not isinstance(receipt, Replayed):
-        metrics.observe_arrival(batch.timestamps, arrived)
-    return receipt
 
 
 @router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))

@@ -351,6 +351,24 @@ def test_no_rows_and_too_many(decode: Decode, write: Callable[..., bytes]) -> No
     assert decode(write(good(10)), Terms(Limits(max_rows=10))).received == 10
 
 
+def test_only_text_is_of_any_length_in_parquet() -> None:
+    """pyarrow writes no decimals as byte arrays, but reads them: a long one in a dictionary for all rows."""
+    i32, struct = parquet._I32, parquet._STRUCT
+    elements = parquet._footer(in_parquet(good()))[2, parquet._LIST]
+    parquet._check_schema(elements)
+    kinds = [element.get((1, i32)) for element in elements]
+    assert kinds == [None, parquet._BYTE_ARRAY, 2, parquet._FIXED, parquet._BYTE_ARRAY]
+    text, fixed = elements[1], elements[3]
+    for wrong in (
+        {**text, (10, struct): {(5, struct): {}}},
+        {name: value for name, value in text.items() if name[0] not in (6, 10)},
+        {**fixed, (1, i32): parquet._BYTE_ARRAY},
+        {**fixed, (2, i32): 2**20},
+    ):
+        with pytest.raises(MalformedBody):
+            parquet._check_schema([*elements, wrong])
+
+
 def test_damaged_columns() -> None:
     stream, file = in_arrow(good()), in_parquet(good())
     for decode, body in (

@@ -22,6 +22,10 @@ _FOOTER_BYTES: Final = 2**20
 _PAGES: Final = 10_000
 #: Encodes a text by what it shares with the one before: a few bytes may stand for any number of long texts.
 _DELTA_BYTE_ARRAY: Final = 7
+#: Physical types of values without a length of their own, and the bytes of the widest decimal.
+_BYTE_ARRAY: Final = 6
+_FIXED: Final = 7
+_WIDEST: Final = 32
 #: Kinds of values in Thrift's compact protocol.
 _I32: Final = 5
 _I64: Final = 6
@@ -61,6 +65,7 @@ def _check_sizes(body: bytes, terms: Terms) -> None:
         # As others read on beyond the end that it states.
         if footer.get((6, _BINARY), b"").lower().startswith(b"parquet-cpp "):
             raise MalformedBody("The Parquet file is of a writer from before 2020, which misstated lengths.")
+        _check_schema(footer[2, _LIST])
         for group in footer[4, _LIST]:
             rows += _count(group[3, _I64])
             for chunk in group[1, _LIST]:
@@ -78,6 +83,16 @@ def _check_sizes(body: bytes, terms: Terms) -> None:
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise MalformedBody("Not a Parquet file, or a damaged one.") from error
     check_size(rows, terms)
+
+
+def _check_schema(elements: list[_Struct]) -> None:
+    """Refuse values of any length but texts, which alone are read as a dictionary where they repeat."""
+    for element in elements:
+        kind, logical = element.get((1, _I32)), element.get((10, _STRUCT))
+        text = element.get((6, _I32)) == 0 if logical is None else (1, _STRUCT) in logical
+        if (kind == _BYTE_ARRAY and not text) or (kind == _FIXED and element.get((2, _I32), 0) > _WIDEST):
+            name = element.get((4, _BINARY), b"")[:64].decode("ascii", "replace")
+            raise MalformedBody(f"The column {name} is of a type that no field of a quote can have.")
 
 
 def _footer(body: bytes) -> _Struct:

@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import __version__, logs, metrics
+from app import __version__, logs, workers
 from app.api import ohlc, ops, problems, quotes, storage, symbols
-from app.api.access import AccessLog
+from app.api.access import Observed
 from app.api.deps import Services
 from app.db.embedded import embedded_postgres
 from app.db.migrate import head, migrate
@@ -45,6 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.callback(workers.clear_gauges)
             try:
                 app.state.services = await _wire(stack, settings)
             except QuotesError as error:
@@ -59,9 +60,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
     )
-    instrumentator = Instrumentator(should_group_status_codes=False, excluded_handlers=["/metrics", "/health.*"])
-    instrumentator.add(metrics.observe_request).instrument(app).expose(app, include_in_schema=False)
-    app.add_middleware(AccessLog)
+    Instrumentator().expose(app, include_in_schema=False)
+    app.add_middleware(Observed)
     problems.install(app)
     for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
@@ -94,8 +94,9 @@ async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
     await database.connect()
     repository = QuoteRepository(database, settings)
     writer = await stack.enter_async_context(Writer(repository.write, settings))
-    monitor = await stack.enter_async_context(Monitor(StorageRepository(database), settings.monitor_interval))
     health = Health(SystemRepository(database), settings, head())
+    monitor = Monitor(StorageRepository(database), settings, health.report)
+    await stack.enter_async_context(monitor)
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
     return Services(settings, repository, writer, health, monitor)

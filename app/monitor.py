@@ -1,13 +1,15 @@
 """Figures of the store as metrics: a table of gauges, each with what it takes from one look at the store.
 
 Invariant: what fails here is logged and fails nothing else. One look at a time, on a connection of its own that
-waits for no lock; `/v1/storage` and the gauges show the same look.
+waits for no lock for long; `/v1/storage` and the gauges show the same look.
 """
 
 import asyncio
+import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -16,9 +18,11 @@ from typing import Final, Self
 import structlog
 from prometheus_client import Gauge
 
-from app import metrics
+from app import metrics, workers
+from app.db import embedded
 from app.errors import QuotesError
 from app.repository.storage import STATES, Storage, StorageRepository
+from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +53,8 @@ def _bytes(storage: Storage) -> Values:
 
 
 PROBES: Final = (
+    Probe(metrics.STORAGE_SIZE, lambda look: [((), look.size)]),
+    Probe(metrics.LATEST_QUOTE, lambda look: [] if look.newest is None else [((), look.newest.timestamp())]),
     Probe(metrics.STORAGE_BYTES, _bytes),
     Probe(metrics.CHUNKS, lambda look: [((state,), look.count(state)) for state in STATES]),
     Probe(metrics.COMPRESSION_BEFORE, lambda look: [((), look.before)]),
@@ -72,11 +78,17 @@ PROBES: Final = (
 
 
 class Monitor:
-    """Looks at the store now and then, and when asked."""
+    """Looks at the store now and then, and when asked; `check` runs each time too, so that its figures are fresh."""
 
-    def __init__(self, repository: StorageRepository, interval: timedelta) -> None:
+    def __init__(
+        self, repository: StorageRepository, settings: Settings, check: Callable[[], Awaitable[object]]
+    ) -> None:
         self._repository = repository
-        self._interval = interval.total_seconds()
+        self._check = check
+        self._interval = settings.monitor_interval.total_seconds()
+        self._capacity = settings.storage_capacity
+        self._volume = embedded.volume(settings)
+        self._shown: set[tuple[Gauge, tuple[str, ...]]] = set()
         self._lock = asyncio.Lock()
         self._last: tuple[float, Storage] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -104,18 +116,31 @@ class Monitor:
             now = time.monotonic()
             if self._last is None or now - self._last[0] > FRESH.total_seconds():
                 storage = await self._repository.look()
-                for probe in PROBES:
-                    for labels, value in probe.values(storage):
-                        (probe.gauge.labels(*labels) if labels else probe.gauge).set(value)
+                self._show(storage)
                 self._last = (now, storage)
             return self._last[1]
+
+    def _show(self, storage: Storage) -> None:
+        values = {(probe.gauge, labels): value for probe in PROBES for labels, value in probe.values(storage)}
+        if self._capacity is not None:
+            values[metrics.STORAGE_FREE, ()] = max(0, self._capacity - storage.size)
+        elif self._volume is not None:
+            values[metrics.STORAGE_FREE, ()] = shutil.disk_usage(self._volume).free
+        # A job that was removed does not look overdue for ever: no comparison holds for what is not a number.
+        for gone in self._shown - values.keys():
+            values[gone] = math.nan
+        for (gauge, labels), value in values.items():
+            (gauge.labels(*labels) if labels else gauge).set(value)
+        self._shown = set(values)
 
     async def _run(self) -> None:
         failed = False
         while True:
             try:
-                await self.storage()
-                metrics.MONITOR_UP.set(1)
+                if workers.leads():
+                    await self._check()
+                    await self.storage()
+                    metrics.MONITOR_UP.set(1)
                 failed = False
             except Exception as error:
                 metrics.MONITOR_UP.set(0)

@@ -3,6 +3,7 @@
 Invariant: nothing else in the project reads the environment, and reading settings has no side effect.
 """
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,12 @@ def _retention(value: object) -> object:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+
+
+def metrics_directory() -> Path | None:
+    """Where several processes share their metrics. `serve --workers` makes it, and prometheus_client asks for it."""
+    value = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return None if value is None else Path(value)
 
 
 class Settings(BaseSettings):
@@ -102,6 +109,13 @@ class Settings(BaseSettings):
 
     monitor_interval: Annotated[timedelta, BeforeValidator(_duration), Field(ge=timedelta(0))] = Field(
         default=timedelta(seconds=30), description="Time between two looks at the store for metrics. 0: none."
+    )
+
+    storage_capacity: int | None = Field(
+        default=None,
+        gt=0,
+        description="Bytes that the database may fill, for `quotes_storage_free_bytes`. "
+        "Unset: unknown, but of the embedded PostgreSQL what is free on its volume.",
     )
 
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Largest request body in bytes.")

@@ -52,6 +52,7 @@ class Writer:
         self._arrived = asyncio.Event()
         self._stopping = False
         self._flushers: list[asyncio.Task[None]] = []
+        metrics.WRITER_QUEUE_LIMIT.set(settings.writer_queue_rows)
 
     async def __aenter__(self) -> Self:
         self._flushers = [

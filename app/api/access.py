@@ -1,24 +1,31 @@
-"""A request id for every request, and one log line when its response has ended.
+"""What is noted of every request: an id, metrics, and one log line when its response has ended.
 
-Invariant: plain ASGI, so a streamed response is never buffered and a cancelled one is still logged.
+Invariant: plain ASGI, so a streamed response is never buffered and a cancelled one is still noted. The id is in every
+line logged meanwhile, in every problem, and in the headers of every response, also of an error that nothing foresaw.
 """
 
 import re
 import secrets
 import time
-from typing import Final
+from typing import Any, Final
 
 import structlog
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import metrics
+from app.api import problems
 
 log = structlog.get_logger("app.access")
 
 _GIVEN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET: Final = ("/health", "/metrics")
+#: Asked for by machines all day: logged when debugging, and not counted.
+_QUIET: Final = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-class AccessLog:
-    """Middleware that names each request and logs it; an `X-Request-ID` of the client is kept if it is plain."""
+class Observed:
+    """Middleware that names each request, counts and logs it; an `X-Request-ID` of the client is kept if plain."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,30 +38,48 @@ class AccessLog:
         request_id = given if _GIVEN.fullmatch(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        began = time.perf_counter()
+        counted = scope["path"] not in _QUIET
         status = 499  # the client went before an answer began
+        answered = False
+        body_bytes = 0
+
+        async def counting() -> Message:
+            nonlocal body_bytes
+            message = await receive()
+            body_bytes += len(message.get("body", b""))
+            return message
 
         async def named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered = message["status"], True
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            try:
-                await self._app(scope, receive, named)
-            except Exception:
-                status = 500
-                raise
-            finally:
-                emit = log.debug if scope["path"].startswith(_QUIET) else log.info
-                extra = {key: state[key] for key in ("rows", "problem") if key in state}
-                emit(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status,
-                    ms=round(1000 * (time.perf_counter() - began), 2),
-                    **extra,
-                )
+        began = time.perf_counter()
+        if counted:
+            metrics.HTTP_IN_PROGRESS.inc()
+        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self._app(scope, counting, named)
+        except Exception as error:
+            response = problems.unexpected(Request(scope), error)
+            if answered:
+                raise  # the server closes the connection, so that half an answer does not look like all of it
+            await response(scope, counting, named)
+        finally:
+            seconds = time.perf_counter() - began
+            if counted:
+                metrics.HTTP_IN_PROGRESS.dec()
+                route = scope.get("route")
+                handler = "none" if route is None else route.path
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                metrics.observe_request(handler, method, status, seconds, body_bytes)
+            _log(scope, state, status, seconds, info=counted)
+            structlog.contextvars.reset_contextvars(**bound)
+
+
+def _log(scope: Scope, state: dict[str, Any], status: int, seconds: float, *, info: bool) -> None:
+    extra = {key: state[key] for key in ("rows", "problem") if key in state}
+    emit = log.info if info else log.debug
+    emit("request", method=scope["method"], path=scope["path"], status=status, ms=round(1000 * seconds, 2), **extra)

@@ -57,11 +57,10 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the application as a problem."""
+    """Answer every error that is known as a problem; for others the middleware has `unexpected`."""
     app.add_exception_handler(QuotesError, _quotes_error)
     app.add_exception_handler(RequestValidationError, _parameters)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def _answer(
@@ -142,7 +141,8 @@ async def _http(request: Request, error: Exception) -> Response:
     return _answer(request, error.status_code, code, title, f"{title}: {request.method} on this path.", headers=headers)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
+def unexpected(request: Request, error: Exception) -> Response:
+    """Log an error that nothing foresaw, and answer without a word about it."""
     log.error("unexpected error", exc_info=error)
     return _answer(
         request, 500, "internal-error", "Internal error", "The service made a mistake; its log has the request id."

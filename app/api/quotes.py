@@ -1,6 +1,7 @@
 """Quotes in, and quotes out: by range, newest, by day, counted."""
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from datetime import date as calendar_day
 from typing import Annotated, Any, Final
@@ -206,12 +207,15 @@ async def ingest_quotes(request: Request, query: Annotated[IngestQuery, QueryPar
 async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Receipt:
     codec = formats.reader(request.headers.get("content-type"))
     body = await read_body(request, wired.settings)
+    arrived = time.time()
     arguments = (body, wired.quotes.limits(), query.on_error, query.on_conflict)
     if len(body) > _INLINE_BYTES:
         batch, pointer = await asyncio.to_thread(codec.decode, *arguments)
     else:
         batch, pointer = codec.decode(*arguments)
-    return await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, pointer))
+    receipt = await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, pointer))
+    metrics.observe_arrival(batch.rows.column("timestamp"), arrived)
+    return receipt
 
 
 @router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))

@@ -26,6 +26,7 @@ import anyio.to_thread
 import platformdirs
 
 from app.errors import StartupError
+from app.settings import Settings
 
 SERVICE_USERS: Final = ("opa-quotes", "postgres")
 _MAJORS: Final = range(16, 19)
@@ -52,6 +53,15 @@ def default_data_dir() -> Path:
 def url(data_dir: Path | None = None) -> str:
     """The URL of the server on `data_dir`, whether it runs or not."""
     return _url(_socket(_absolute(data_dir)))
+
+
+def volume(settings: Settings) -> Path | None:
+    """A path on the volume of the embedded server's data, None if the settings lead to another server.
+
+    Of several workers each was given the URL of the embedded server that they share.
+    """
+    given = None if settings.database_url is None else settings.database_url.get_secret_value()
+    return _absolute(settings.data_dir) if given in {None, url(settings.data_dir)} else None
 
 
 def _absolute(data_dir: Path | None) -> Path:

@@ -72,6 +72,19 @@ def translate(error: BaseException) -> QuotesError | None:
     return None
 
 
+def _count(error: BaseException) -> None:
+    """Count an error of the database; whatever else passes through is not one."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        _count(error.orig.__cause__ or error.orig)
+    elif isinstance(error, PoolTimeout):
+        metrics.DB_ERRORS.labels("pool").inc()
+    elif isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None and not connection_lost(error):
+        # Forty classes at most, of the server's own.
+        metrics.DB_ERRORS.labels(error.sqlstate[:2]).inc()
+    elif translate(error) is not None:
+        metrics.DB_ERRORS.labels("connection").inc()
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Raise a driver's exceptions as errors of this project, and let all others through."""
@@ -80,6 +93,7 @@ def translated() -> Iterator[None]:
     except QuotesError:
         raise
     except Exception as error:
+        _count(error)
         ours = translate(error)
         if ours is None:
             raise
@@ -139,13 +153,17 @@ class Database:
 
     capability: Capability
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: Settings, role: metrics.Role = "primary") -> None:
         self._hosts = hosts_of(url)
         self._host = 0  # the one that took writes last
         self._settings = settings
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
         self._renewed = -math.inf
+        self._in_use = metrics.POOL_IN_USE.labels(role)
+        self._wait = metrics.POOL_WAIT_SECONDS.labels(role)
+        if settings.pool_size:
+            metrics.POOL_MAX.labels(role).inc(settings.pool_size + settings.pool_overflow)
         pool: dict[str, Any] = (
             {"poolclass": NullPool}
             if settings.pool_size == 0
@@ -223,9 +241,12 @@ class Database:
             QueryTimeout: a statement ran over its time.
         """
         with translated():
+            asked = time.perf_counter()
             async with self.engine.connect() as pooled:
+                self._wait.observe(time.perf_counter() - asked)
                 raw = await pooled.get_raw_connection()
                 driver = cast("Connection", raw.driver_connection)
+                self._in_use.inc()
                 try:
                     yield driver
                 except BaseException as error:
@@ -237,6 +258,8 @@ class Database:
                     if read_only or driver.is_closed() or driver.is_in_transaction():
                         await pooled.invalidate()
                     raise
+                finally:
+                    self._in_use.dec()
 
     async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
         """What `work` reads; without replicas, `consistency` makes no difference.

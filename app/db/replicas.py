@@ -121,7 +121,7 @@ class ReplicatedDatabase(Database):
         self._primary = _Probe(self)
         self._replicas: list[_Replica] = []
         for index, host in enumerate([] if read_url is None else hosts_of(read_url)):
-            pool = Database(host, settings)
+            pool = Database(host, settings, "replica")
             self._replicas.append(_Replica(str(index), pool, _Probe(pool)))
         self._turn = itertools.count()
         self._log = _Log()

@@ -57,6 +57,7 @@ CROSS JOIN LATERAL hypertable_detailed_size(format('%I.%I', user_view_schema, us
 WHERE user_view_schema = 'quotes'
 ORDER BY mat_hypertable_id
 """
+_SIZE: Final = "SELECT pg_database_size(current_database())"
 _ENDS: Final = "SELECT min(first_timestamp), max(timestamp) FROM quotes.latest"
 # A refresh job names its view, or in older versions the hypertable behind it.
 _JOBS: Final = """
@@ -136,9 +137,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One look at the store."""
+    """One look at the store: `size` is of the whole database in bytes, `newest` the newest timestamp stored."""
 
     capability: Capability
+    size: int
+    newest: datetime | None
     relations: list[Relation]
     chunks: list[Chunk]
     rollups: list[Rollup]
@@ -189,9 +192,10 @@ class StorageRepository:
             else:
                 relations = [await _table(connection, "quotes.real_time")]
             relations.append(await _table(connection, "quotes.latest"))
+            size = await connection.fetchval(_SIZE)
+            first, last = await connection.fetchrow(_ENDS) or (None, None)
             rollups = []
             if community:
-                first, last = await connection.fetchrow(_ENDS) or (None, None)
                 for row in await connection.fetch(_ROLLUPS):
                     relations.append(
                         Relation(
@@ -202,7 +206,7 @@ class StorageRepository:
                         Rollup(row["name"], row["watermark"], _lag(row["watermark"], first, last), row["stale_ranges"])
                     )
             jobs = [_job(row) for row in await connection.fetch(_JOBS)] if community else []
-        return Storage(capability, relations, found, rollups, jobs)
+        return Storage(capability, size, last, relations, found, rollups, jobs)
 
 
 async def chunks(connection: Connection, level: Level) -> list[Chunk]:

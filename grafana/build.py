@@ -294,6 +294,10 @@ def _of_30_days(rate: str) -> str:
     return f"sum_over_time(operation:quotes_http_{rate}:rate5m{{{JOB}}}[30d])"
 
 
+def _of_jobs(metric: str) -> str:
+    return f"max by (job_name) ({metric}{{{INSTANCE}}})"
+
+
 _SUCCESS: Final = "timescaledb_job_last_successful_finish_timestamp_seconds"
 _EVERY: Final = "timescaledb_job_schedule_interval_seconds"
 HEALTHY: Final = {"0": ("unhealthy", "red"), "1": ("healthy", "green")}
@@ -562,7 +566,7 @@ OVERVIEW: Final = (
                 "QuotesJobOverdue fires above three.",
                 [
                     (
-                        f"(time() - max by (job_name) ({_SUCCESS}{{{INSTANCE}}})) / max by (job_name) ({_EVERY}{{{INSTANCE}}})",
+                        f"(time() - {_of_jobs(_SUCCESS)}) / {_of_jobs(_EVERY)}",
                         "{{job_name}}",
                     )
                 ],

@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, logs, maintain
+from app import __version__, logs, maintain, traces
 from app import demo as market
 from app import load as loading
 from app.client import DEFAULT_URL
@@ -42,6 +42,8 @@ from app.settings import Settings
 _GRACE: Final = 25
 #: Longer than the pools of usual clients and proxies keep a connection, so that none is closed under a request.
 _KEEP_ALIVE: Final = 75
+#: Exit status of a healthy store whose supervisor did not take the report.
+_UNREPORTED: Final = 3
 
 app = typer.Typer(
     name="opa-quotes",
@@ -89,6 +91,7 @@ def serve(
     """Run the service. Without QUOTES_DATABASE_URL it brings its own PostgreSQL, whose data stay."""
     settings = _settings(host=host, port=port, data_dir=data_dir)
     logs.configure(settings)
+    traces.check(settings)
     with ExitStack() as stack:
         environment = {} if settings.data_dir is None else {"QUOTES_DATA_DIR": str(settings.data_dir)}
         if workers > 1:
@@ -159,10 +162,10 @@ def health(
     *,
     wait: Annotated[float, typer.Option(help="Seconds to wait until healthy.")] = 0,
     retry: Annotated[int, typer.Option(min=0, help="Further tries, a second apart, until healthy.")] = 0,
-    report: Annotated[str | None, typer.Option(help="URL to POST the result to, for a supervisor.")] = None,
+    report: Annotated[str | None, typer.Option(help="URL to POST the result to, four tries in 4 s.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Run the three checks against the database; print JSON, exit 0 if healthy or degraded, else 1."""
+    """Run the three checks; print JSON; exit 0 if healthy or degraded, 1 if not, 3 if only --report failed."""
     settings = _settings(data_dir=data_dir)
     deadline = time.monotonic() + wait
 
@@ -179,11 +182,11 @@ def health(
         time.sleep(1)
     text = msgspec.json.format(msgspec.json.encode(result.to_dict()))
     typer.echo(text.decode())
-    failed = result.status == "unhealthy"
-    if report is not None and not _post(report, text):
-        errors.print("[red]error:[/red] The result could not be reported.", highlight=False)
-        failed = True
-    raise typer.Exit(1 if failed else 0)
+    unhealthy = result.status == "unhealthy"
+    failure = None if report is None else _post(report, text)
+    if failure is not None:
+        errors.print(f"[red]error:[/red] The result could not be reported: {failure}.", highlight=False)
+    raise typer.Exit(1 if unhealthy else _UNREPORTED if failure else 0)
 
 
 def _database_url(settings: Settings) -> str:
@@ -192,17 +195,25 @@ def _database_url(settings: Settings) -> str:
     return embedded.url(settings.data_dir)
 
 
-def _post(url: str, body: bytes, tries: int = 3) -> bool:
+def _post(url: str, body: bytes, tries: int = 4) -> str | None:
+    """Why the supervisor did not take the report; None if it did. The URL may hold a password and is not named."""
+    failure = ""
     for attempt in range(tries):
+        if attempt:
+            time.sleep(2**attempt / 4)
         try:
             answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=5)
-        except httpx.HTTPError:
-            pass  # counted below, like an answer that is no success
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+            return "the URL is none of http or https"
+        except httpx.HTTPError as error:
+            failure = f"no answer ({type(error).__name__})"
         else:
             if answer.is_success:
-                return True
-        time.sleep(2**attempt / 2)
-    return False
+                return None
+            failure = f"the supervisor answered {answer.status_code}"
+            if not answer.is_server_error and answer.status_code not in {408, 429}:
+                break  # it will not think otherwise of the same report
+    return failure
 
 
 @app.command()

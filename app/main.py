@@ -4,6 +4,7 @@ Invariant: what was started is stopped in reverse order, also after a half-faile
 drained before its pool closes, and the pool has closed before the embedded database stops.
 """
 
+import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,11 +12,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import structlog
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from opentelemetry.trace import TracerProvider
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import __version__, logs, workers
+from app import __version__, logs, traces, workers
 from app.api import ohlc, ops, problems, quotes, storage, symbols
-from app.api.access import Observed
+from app.api.access import QUIET, Observed
 from app.api.deps import Services
 from app.db.embedded import embedded_postgres
 from app.db.migrate import head, migrate
@@ -37,17 +39,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service, not yet started: its lifespan brings up the database, the schema, the pools and the writer.
 
     Raises (from the lifespan):
-        StartupError: the embedded database or a migration cannot be brought up.
+        StartupError: the embedded database or a migration cannot be brought up; at once if traces cannot be sent.
         DatabaseUnavailable: the given database cannot be reached.
     """
     settings = settings or Settings()
+    spans = traces.provider(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.callback(workers.clear_gauges)
+            if spans is not None:
+                stack.push_async_callback(asyncio.to_thread, spans.shutdown)
             try:
-                app.state.services = await _wire(stack, settings)
+                app.state.services = await _wire(stack, settings, spans)
             except QuotesError as error:
                 log.critical("cannot start", reason=error.detail)
                 raise
@@ -59,12 +64,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="A quote store over TimescaleDB.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        telemetry={
+            "tracer_provider": spans,
+            "tracing": spans is not None,
+            "exclude": lambda scope: scope["path"] in QUIET,
+            # Not a span for each dependency, and neither metrics nor logs: the service has its own.
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "auto_configure": False,
+        },
     )
-    Instrumentator().expose(app, include_in_schema=False)
     app.add_middleware(Observed)
     problems.install(app)
     for router in (quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
+    Instrumentator().expose(app, include_in_schema=False)  # last: routes are tried in turn
     _declare(app)
     return app
 
@@ -82,7 +97,7 @@ def app_from_environment() -> FastAPI:
     return app
 
 
-async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
+async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider | None) -> Services:
     if settings.database_url is None:
         url = await stack.enter_async_context(embedded_postgres(settings.data_dir))
     else:
@@ -93,7 +108,8 @@ async def _wire(stack: AsyncExitStack, settings: Settings) -> Services:
     stack.push_async_callback(database.close)
     await database.connect()
     repository = QuoteRepository(database, settings)
-    writer = await stack.enter_async_context(Writer(repository.write, settings))
+    tracer = None if spans is None else spans.get_tracer("opa-quotes")
+    writer = await stack.enter_async_context(Writer(repository.write, settings, tracer))
     health = Health(SystemRepository(database), settings, head())
     monitor = Monitor(StorageRepository(database), settings, health.report)
     await stack.enter_async_context(monitor)

@@ -146,6 +146,10 @@ class Settings(BaseSettings):
         default=None,
         description="Bearer token of requests that delete quotes. Unset: they are all refused.",
     )
+    otlp_endpoint: SecretStr | None = Field(
+        default=None,
+        description="Base URL of an OpenTelemetry collector that takes OTLP over HTTP; needs the extra `otel`.",
+    )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="Log lines for people, for machines, or by whether stderr is a terminal."
     )
@@ -160,6 +164,15 @@ class Settings(BaseSettings):
         if parts.scheme not in {"postgresql", "postgres"}:
             msg = f"must be a plain postgresql:// URL, not {parts.scheme or 'a bare name'}://"
             raise ValueError(msg)
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _http_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value().strip():
+            return None
+        if urlsplit(value.get_secret_value()).scheme not in {"http", "https"}:
+            raise ValueError("must be an http:// or https:// URL")
         return value
 
     @model_validator(mode="after")

@@ -9,8 +9,7 @@ counter goes back when a worker is replaced.
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Final
 
@@ -21,47 +20,44 @@ from app.settings import metrics_directory
 _directory: Final = metrics_directory()
 
 
+def _locked(file: Path) -> IO[bytes] | None:
+    """The file, locked as long as it is open; None if another process has it."""
+    lock = file.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
 class _Place:
     """Names the place of the process that calls it, and takes one first where there is none, as after a fork."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self._number = 0
         self._process: int | None = None
         self._lock: IO[bytes] | None = None
 
     def __call__(self) -> str:
-        if self._process != os.getpid():
-            self._take()
-        return f"worker{self.number}"
+        if self._process != os.getpid() and _directory is not None:
+            self._take(_directory)
+        return f"worker{self._number}"
 
-    def _take(self) -> None:
-        if _directory is None:
-            return
+    def _take(self, directory: Path) -> None:
         if self._lock is not None:
             self._lock.close()  # the parent's copy stays open, and with it the lock
-        for number, lock in _free_places(_directory):
-            # What a gauge said of the process that is gone, it does not say of this one.
-            clear_gauges(number)
-            self.number, self._lock, self._process = number, lock, os.getpid()
-            return
-
-
-def _free_places(directory: Path) -> Iterator[tuple[int, IO[bytes]]]:
-    """Places that nobody holds, locked as they are found."""
-    number = 0
-    while True:
-        lock = (directory / f"worker{number}.lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-        else:
-            yield number, lock
-        number += 1
+        for number in count():
+            lock = _locked(directory / f"worker{number}.lock")
+            if lock is not None:
+                self._number, self._lock, self._process = number, lock, os.getpid()
+                break
+        # What a gauge said of the process that is gone, it does not say of this one.
+        clear_gauges()
 
 
 _place: Final = _Place()
-_held: Final[dict[str, IO[bytes]]] = {}
+_leading: Final[list[IO[bytes]]] = []
 
 
 def share_metrics() -> None:
@@ -72,21 +68,16 @@ def share_metrics() -> None:
 
 def leads() -> bool:
     """Whether this process does what one worker does for all: whoever asked first, until it dies."""
-    if _directory is None or "leader" in _held:
-        return True
-    lock = (_directory / "leader.lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return False
-    _held["leader"] = lock
+    if _directory is not None and not _leading:
+        lock = _locked(_directory / "leader.lock")
+        if lock is None:
+            return False
+        _leading.append(lock)
     return True
 
 
-def clear_gauges(number: int | None = None) -> None:
-    """Take the gauges of a place out of what is scraped; by default those of this process, which is about to end."""
+def clear_gauges() -> None:
+    """Take the gauges of this place out of what is scraped, because a process began here or is about to end."""
     if _directory is not None:
-        for file in _directory.glob(f"gauge_*_worker{_place.number if number is None else number}.db"):
-            with suppress(FileNotFoundError):
-                file.unlink()
+        for file in _directory.glob(f"gauge_*_{_place()}.db"):
+            file.unlink(missing_ok=True)

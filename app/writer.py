@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Final, Self
 
 import structlog
+from opentelemetry.trace import SpanContext, Tracer
 
-from app import metrics
+from app import metrics, traces
 from app.errors import Overloaded, QuotesError, ServiceStopping
 from app.model import Receipt
 from app.repository.quotes import Write
@@ -32,6 +33,7 @@ class _Pending:
     write: Write
     rows: int
     nbytes: int
+    context: SpanContext
     result: "asyncio.Future[Receipt]"
     since: float = field(default_factory=time.perf_counter)
 
@@ -42,7 +44,8 @@ class Writer:
     Use as an async context manager: leaving it drains the queue, for `drain_timeout` at most.
     """
 
-    def __init__(self, flush: Flush, settings: Settings) -> None:
+    def __init__(self, flush: Flush, settings: Settings, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._flush = flush
         self._settings = settings
         self._queue: deque[_Pending] = deque()
@@ -102,7 +105,7 @@ class Writer:
             raise Overloaded(
                 f"{self._rows} quotes are waiting to be written; try again later.", retry_after=self._retry_after()
             )
-        pending = _Pending(write, rows, nbytes, asyncio.get_running_loop().create_future())
+        pending = _Pending(write, rows, nbytes, traces.request_context(), asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         self._account(rows, nbytes)
         self._arrived.set()
@@ -150,11 +153,13 @@ class Writer:
 
     async def _commit(self, gathered: list[_Pending]) -> None:
         began = time.perf_counter()
+        rows = sum(pending.rows for pending in gathered)
         for pending in gathered:
             metrics.WRITER_WAIT_SECONDS.observe(began - pending.since)
         results: Sequence[Receipt | BaseException]
         try:
-            results = await self._flush([pending.write for pending in gathered])
+            with traces.flush(self._tracer, [pending.context for pending in gathered], rows):
+                results = await self._flush([pending.write for pending in gathered])
         except asyncio.CancelledError:
             stopped = ServiceStopping("The service stopped while these quotes were being stored.")
             for pending in gathered:
@@ -171,7 +176,6 @@ class Writer:
                 return
             log.exception("flush failed")
             results = [error]
-        rows = sum(pending.rows for pending in gathered)
         elapsed = time.perf_counter() - began
         metrics.WRITER_FLUSH_ROWS.observe(rows)
         metrics.WRITER_FLUSH_SECONDS.observe(elapsed)

@@ -70,7 +70,7 @@ async def running_target(database_url: str | None, psql: Path | None) -> AsyncIt
         else:
             url = await stack.enter_async_context(fresh_database(database_url))
         environment["QUOTES_DATABASE_URL"] = url
-        port, pid = await stack.enter_async_context(_service(scratch / "service.log", environment))
+        port, pid = await stack.enter_async_context(service(scratch / "service.log", environment))
         about, postmaster = await _describe(url, "private" if database_url is None else "given")
         about["service settings"] = ", ".join(_settings()) or "defaults"
         about["psql"] = (await _output(program, "--version")).removeprefix("psql (PostgreSQL) ")
@@ -113,12 +113,12 @@ async def fresh_database(url: str) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _service(log: Path, environment: dict[str, str]) -> AsyncIterator[tuple[int, int]]:
+async def service(log: Path, environment: dict[str, str], *arguments: str) -> AsyncIterator[tuple[int, int]]:
     """The service in a process of its own; port and process."""
     port = _free_port()
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "app", "serve", "--host", _HOST, "--port", str(port)),
+            *(sys.executable, "-m", "app", "serve", "--host", _HOST, "--port", str(port), *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,

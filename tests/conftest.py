@@ -5,6 +5,7 @@ the PostgreSQL wheel, a community TimescaleDB in WebAssembly, and the server of 
 tests share a database and isolate themselves by random symbols; only tests of the schema get a fresh one.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+import structlog
 from fastapi import FastAPI
 
 from app.db.embedded import embedded_postgres
@@ -198,6 +200,17 @@ async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a service on the lane."""
     async with running(create_app(settings)) as connected:
         yield connected
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Undo afterwards that a test configures logging."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 @pytest.fixture

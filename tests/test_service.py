@@ -175,8 +175,42 @@ def test_a_result_is_reported_to_a_supervisor(serve: Serve, shared_dir: Path) ->
     assert told.returncode == 0, told.stderr
     assert [report["overall_status"] for report in received] == ["healthy", "healthy"], "a failed report is retried"
     unheard = command("health", "--data-dir", str(shared_dir / "reported"), "--report", url)
-    assert unheard.returncode == 1
-    assert "could not be reported" in unheard.stderr
+    assert unheard.returncode == 1, "what it is about weighs more than who heard of it"
+    assert "could not be reported: no answer" in unheard.stderr
+
+
+def test_a_report_that_nobody_takes_has_its_own_exit_status(service_url: str, shared_dir: Path) -> None:
+    asked: list[str] = []
+
+    class Supervisor(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(404 if self.path == "/unknown" else 503)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Supervisor) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        told = {
+            path: command(
+                "health", "--data-dir", str(shared_dir / "service"), "--report",
+                f"http://u:hunter2@127.0.0.1:{server.server_port}{path}",
+            )
+            for path in ("/busy", "/unknown")
+        }  # fmt: skip
+        server.shutdown()
+        thread.join()
+    assert asked == ["/busy"] * 4 + ["/unknown"], "a refusal for good is not asked for again"
+    for path, status in (("/busy", 503), ("/unknown", 404)):
+        assert told[path].returncode == 3
+        assert f"could not be reported: the supervisor answered {status}." in told[path].stderr
+        assert "hunter2" not in told[path].stdout + told[path].stderr
+        assert json.loads(told[path].stdout)["overall_status"] == "healthy"
+    nowhere = command("health", "--data-dir", str(shared_dir / "service"), "--report", "supervisor:/x")
+    assert (nowhere.returncode, "Traceback" in nowhere.stderr) == (3, False)
 
 
 def test_migrating_on_the_command_line(shared_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """A real Prometheus, Alertmanager and postgres_exporter for tests, on the rules of the project with shorter windows.
 
-Invariant: the rules are those of prometheus/rules, with every duration in them divided by `PACE` and nothing else
-changed; what they say at their real windows is tested by promtool.
+Invariant: the rules are those of prometheus/rules, with range windows divided by `RANGES`, `for` divided by `HOLDS`,
+and nothing else changed; what they say at their real windows is tested by promtool.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,10 @@ import yaml
 from grafana.build import ROOT
 from tests.conftest import free_port
 
-PACE: Final = 60
+#: 5 minutes become 5 seconds, which are ten scrapes.
+RANGES: Final = 60
+#: 5 minutes become 2 seconds, which are four evaluations.
+HOLDS: Final = 150
 RULES: Final = sorted((ROOT / "prometheus" / "rules").glob("*.yml"))
 #: Where the Makefile unpacks Debian's packages.
 UNPACKED: Final = ROOT / ".venv" / "prometheus" / "usr" / "bin"
@@ -50,15 +54,15 @@ def metrics_in(expression: str) -> set[str]:
     return set(_METRIC.findall(re.sub(r'"[^"]*"', '""', expression)))
 
 
-def _duration(match: re.Match[str]) -> str:
-    return f"{max(1, int(match[1]) * _SECONDS[match[2]] // PACE)}s"
-
-
 def faster(rule: dict[str, Any]) -> dict[str, Any]:
-    """A rule whose range windows and `for` are `PACE` times shorter, and at least a second."""
-    changed = rule | {"expr": re.sub(r"(?<=\[)(\d+)([smhd])(?=\])", _duration, rule["expr"])}
+    """A rule with shorter windows, of at least a second."""
+
+    def shorter(match: re.Match[str], divisor: int) -> str:
+        return f"{max(1, int(match[1]) * _SECONDS[match[2]] // divisor)}s"
+
+    changed = rule | {"expr": re.sub(r"(?<=\[)(\d+)([smhd])(?=\])", partial(shorter, divisor=RANGES), rule["expr"])}
     if "for" in rule:
-        changed["for"] = re.sub(r"^(\d+)([smhd])$", _duration, rule["for"])
+        changed["for"] = re.sub(r"^(\d+)([smhd])$", partial(shorter, divisor=HOLDS), rule["for"])
     return changed
 
 
@@ -99,7 +103,7 @@ def wait_until(reached: Callable[[], object], seconds: float, otherwise: Callabl
 
 @dataclass(frozen=True, slots=True)
 class Prometheus:
-    """A server that scrapes twice a second and evaluates once."""
+    """A server that scrapes and evaluates twice a second."""
 
     url: str
     #: The targets of the job `quotes`, which it watches.
@@ -165,7 +169,7 @@ def prometheus(
     port, alertmanager_port = free_port(), free_port()
     # The project's own configuration, but for paces, addresses and paths.
     document = yaml.safe_load((ROOT / "prometheus" / "prometheus.yml").read_text())
-    document["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"}
+    document["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
     document["rule_files"] = [file.name for file in RULES]
     scrapes = {scrape["job_name"]: scrape for scrape in document["scrape_configs"]}
     scrapes["quotes"]["file_sd_configs"][0] |= {"files": [found.name], "refresh_interval": "1s"}

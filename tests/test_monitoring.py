@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import re
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import httpx
 import pytest
+import yaml
 
 from app.db.capability import Level
 from app.db.engine import Database
@@ -20,7 +25,7 @@ from app.db.migrate import migrate
 from app.repository.maintenance import MaintenanceRepository
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
-from grafana.build import PROMETHEUS, dashboards
+from grafana.build import PROMETHEUS, ROOT, dashboards
 from tests.conftest import Lane, Serve, Service, random_symbol
 from tests.prometheus import (
     Prometheus,
@@ -122,7 +127,7 @@ class Scene:
 def scene(serve: Serve, shared_dir: Path) -> Iterator[Scene]:
     directory = shared_dir / random_symbol()
     with replication(directory / "db") as pair:
-        dsn = f"user=quotes host={pair.primary.socket} dbname=quotes sslmode=disable"
+        dsn = f"user=postgres_exporter host={pair.primary.socket} dbname=quotes sslmode=disable"
         asyncio.run(prepare(pair))
         with (
             serve(
@@ -147,8 +152,21 @@ def pair_url(pair: Pair) -> str:
     return f"postgresql://quotes@/quotes?host={pair.primary.socket}"
 
 
+def make_roles(pair: Pair) -> None:
+    environment = {
+        "PATH": f"{pair.primary.server.bin}:/usr/bin:/bin",
+        "PGHOST": str(pair.primary.socket),
+        "POSTGRES_USER": "quotes",
+        "POSTGRES_DB": "quotes",
+        "GRAFANA_DATABASE_PASSWORD": "it's one",
+        "EXPORTER_PASSWORD": "another",
+    }
+    subprocess.run(["/bin/sh", ROOT / "docker" / "monitoring.sh"], env=environment, check=True)
+
+
 async def prepare(pair: Pair) -> None:
     """A store whose newest quote is an hour old, and a replication slot that nobody reads."""
+    make_roles(pair)  # before there is a schema, as when a container initialises its data
     await migrate(pair_url(pair), pair.settings)
     async with connected(pair.primary) as connection:
         await connection.execute("SELECT pg_create_physical_replication_slot('nobody', true)")
@@ -183,6 +201,38 @@ def test_nothing_fires_when_nothing_is_wrong(watched: Scene) -> None:
     watched.prometheus.wait_quiet({"QuotesStale"})
     # How fast this machine is, is not the question here.
     assert {name for name in watched.prometheus.firing() if "Latency" not in name} == set()
+
+
+def test_a_central_prometheus_gets_the_figures_by_federation_and_by_remote_write(
+    watched: Scene, shared_dir: Path
+) -> None:
+    directory = shared_dir / random_symbol()
+    federate = central("federate")
+    federate["scrape_configs"][0] |= {
+        "scrape_interval": "1s",
+        "static_configs": [{"targets": [watched.prometheus.url.removeprefix("http://")]}],
+    }
+    with prometheus(directory / "central", **federate) as server:
+        (write,) = central("remote-write")["remote_write"]
+        del write["basic_auth"]
+        write |= {"url": f"{server.url}/api/v1/write"}
+        with prometheus(directory / "pushes", address(watched.service), remote_write=[write]):
+            server.wait_series('operation:quotes_http_request_duration_seconds:p99{job="quotes",cluster="opa-quotes"}')
+            # Raw counters are pushed and not federated; buckets of every route are neither.
+            server.wait_series('quotes_http_requests_total{job="quotes",cluster="opa-quotes"}')
+            assert not server.query("quotes_http_request_duration_seconds_bucket")
+
+
+def central(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "prometheus" / "central" / f"{name}.yml").read_text())
+    return document
+
+
+def test_queries_of_runbooks_are_understood(watched: Scene) -> None:
+    queries = re.findall(r"```promql\n(.*?)```", (ROOT / "docs" / "runbooks.md").read_text(), re.DOTALL)
+    assert len(queries) >= len({rule["alert"] for rule in rules() if "alert" in rule})
+    for query in queries:
+        watched.prometheus.query(query)
 
 
 def test_slow_reads_while_ingest_and_a_replica_are_stopped(watched: Scene) -> None:
@@ -262,6 +312,67 @@ def test_the_service_hangs_and_then_is_not_looked_for(watched: Scene) -> None:
         write_targets(server.targets, address(watched.service))
         watched.service.process.send_signal(signal.SIGCONT)
     server.wait_quiet({"QuotesServiceDown", "QuotesTargetAbsent"})
+
+
+def market_queries(symbol: str, start: datetime, end: datetime) -> Iterator[tuple[str, str]]:
+    """The interval and the SQL of every panel that asks the database itself, with Grafana's macros expanded."""
+    for interval in ("1m", "1h", "1d"):
+        for panel in dashboards()["market.json"]["panels"]:
+            for target in panel.get("targets", []):
+                query = target["rawSql"]
+                for macro, value in (
+                    ("$__timeFilter(timestamp)", f"timestamp BETWEEN '{start.isoformat()}' AND '{end.isoformat()}'"),
+                    ("$__timeFrom()", f"'{start.isoformat()}'"),
+                    ("$__timeTo()", f"'{end.isoformat()}'"),
+                    ("${symbol:sqlstring}", f"'{symbol}'"),
+                    ("$interval", interval),
+                ):
+                    query = query.replace(macro, value)
+                assert "$" not in query
+                yield interval, query
+
+
+async def test_panels_that_ask_the_database_show_its_bars(database: Database, quotes: QuoteRepository) -> None:
+    symbol, start = random_symbol(), datetime(2026, 11, 2, 14, 30, tzinfo=UTC)
+    prices = [Decimal(price) for price in (3, 5, 1, 2)]
+    rows: list[dict[str, Any]] = [
+        {"symbol": symbol, "timestamp": start + timedelta(seconds=i), "price": price, "volume": 2}
+        for i, price in enumerate(prices)
+    ]
+    await quotes.bulk_insert(rows)
+    async with database.dedicated() as connection:
+        seen = 0
+        for _, query in market_queries(symbol, start - timedelta(days=1), start + timedelta(days=1)):
+            (row,) = await connection.fetch(query)
+            expected = {
+                "open": 3, "high": 5, "low": 1, "close": 2, "volume": 8, "vwap": 2.75, "count": 4, "quotes": 4,
+            }  # fmt: skip
+            shown = {name: row[name] for name in expected if name in row}
+            assert shown
+            assert shown == {name: expected[name] for name in shown}
+            seen += 1
+        assert seen == 12
+        (variable,) = [v for v in dashboards()["market.json"]["templating"]["list"] if v["name"] == "symbol"]
+        assert symbol in {row[0] for row in await connection.fetch(variable["query"])}
+
+
+async def test_grafana_reads_and_does_nothing_else(scene: Scene) -> None:
+    now = datetime.now(UTC)
+    socket = scene.pair.primary.socket
+    grafana = await asyncpg.connect(f"postgresql://grafana@/quotes?host={socket}")
+    exporter = await asyncpg.connect(f"postgresql://postgres_exporter@/quotes?host={socket}")
+    try:
+        for _, query in market_queries("NONE", now - timedelta(days=1), now):
+            assert await grafana.fetch(query) == []
+        await grafana.execute("SET default_transaction_read_only = off")
+        for statement in ("DELETE FROM quotes.latest", "CREATE TABLE quotes.mine ()", "CREATE TABLE public.mine ()"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await grafana.execute(statement)
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await exporter.fetch("SELECT * FROM quotes.latest")
+    finally:
+        await grafana.close()
+        await exporter.close()
 
 
 async def test_figures_of_timescaledb(

@@ -203,22 +203,24 @@ def test_nothing_fires_when_nothing_is_wrong(watched: Scene) -> None:
     assert {name for name in watched.prometheus.firing() if "Latency" not in name} == set()
 
 
-def test_a_central_prometheus_gets_the_figures_by_federation_and_by_remote_write(
-    watched: Scene, shared_dir: Path
-) -> None:
-    directory = shared_dir / random_symbol()
-    federate = central("federate")
-    federate["scrape_configs"][0] |= {
+def test_a_central_prometheus_gets_the_figures_by_federation(watched: Scene, shared_dir: Path) -> None:
+    config = central("federate")
+    config["scrape_configs"][0] |= {
         "scrape_interval": "1s",
         "static_configs": [{"targets": [watched.prometheus.url.removeprefix("http://")]}],
     }
-    with prometheus(directory / "central", **federate) as server:
+    with prometheus(shared_dir / random_symbol(), **config) as server:
+        server.wait_series('operation:quotes_http_request_duration_seconds:p99{job="quotes",cluster="opa-quotes"}')
+        # Raw series stay where they are.
+        assert not server.query("quotes_http_requests_total")
+
+
+def test_a_central_prometheus_gets_the_figures_by_remote_write(watched: Scene, shared_dir: Path) -> None:
+    with prometheus(shared_dir / random_symbol()) as server:
         (write,) = central("remote-write")["remote_write"]
         del write["basic_auth"]
         write |= {"url": f"{server.url}/api/v1/write"}
-        with prometheus(directory / "pushes", address(watched.service), remote_write=[write]):
-            server.wait_series('operation:quotes_http_request_duration_seconds:p99{job="quotes",cluster="opa-quotes"}')
-            # Raw counters are pushed and not federated; buckets of every route are neither.
+        with prometheus(shared_dir / random_symbol(), address(watched.service), remote_write=[write]):
             server.wait_series('quotes_http_requests_total{job="quotes",cluster="opa-quotes"}')
             assert not server.query("quotes_http_request_duration_seconds_bucket")
 

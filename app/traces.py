@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Tracer, get_current_span
 
 from app import __version__
@@ -75,6 +76,7 @@ def flush(tracer: Tracer | None, requests: Sequence[SpanContext], rows: int) -> 
         return nullcontext()
     return tracer.start_as_current_span(
         "flush quotes",
+        context=Context(),  # of no request, whichever one it began in
         links=[Link(context) for context in requests if context.is_valid],
         attributes={"quotes.requests": len(requests), "quotes.rows": rows},
     )

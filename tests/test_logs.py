@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import structlog
 from fastapi import Request
@@ -39,6 +40,7 @@ def written(capsys: pytest.CaptureFixture[str], how: str, value: str) -> str:
 def test_no_value_breaks_a_line_or_steers_a_terminal(capsys: pytest.CaptureFixture[str], how: str) -> None:
     colours = written(capsys, how, "plain").count("\x1b")
 
+    @hypothesis.settings(deadline=None)
     @given(st.text() | st.sampled_from(["a\nb", "\x1b[2J", "\x9b2J", "\u2028x"]))
     def holds(value: str) -> None:
         text = written(capsys, how, value)

@@ -74,6 +74,7 @@ async def test_a_request_and_the_flush_that_wrote_it_are_linked(
     assert attributes(request)["quotes.request_id"] == stored.headers["x-request-id"] == line["request_id"]
     assert attributes(request)["http.route"] == "/v1/quotes"
     assert [(link.trace_id, link.span_id) for link in flush.links] == [(request.trace_id, request.span_id)]
+    assert not flush.parent_span_id
     assert attributes(flush) == {"quotes.requests": 1, "quotes.rows": 3}
 
 

@@ -12,6 +12,7 @@ set -eu
 psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 --set owner="$POSTGRES_USER" \
     --set grafana="$GRAFANA_DATABASE_PASSWORD" --set exporter="$EXPORTER_PASSWORD" \
     --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'SQL'
+SET client_min_messages = warning;
 SELECT 'CREATE ROLE ' || name FROM unnest(ARRAY['grafana', 'postgres_exporter']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 

@@ -34,6 +34,9 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _METRIC: Final = re.compile(r"\b(?:(?:operation|job)[a-z_]*:)?(?:quotes|timescaledb|pg)_[a-z0-9_:]+")
 
 
+PROGRAMS: Final = ("prometheus", "promtool", "prometheus-alertmanager", "amtool", "prometheus-postgres-exporter")
+
+
 def program(name: str) -> str:
     """A program of Debian's packages; skips where it is missing, fails there on CI."""
     found = shutil.which(name, path=f"{UNPACKED}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -141,7 +144,7 @@ class Prometheus:
         wait_until(lambda: self.query(expression), 20, lambda: f"nothing from {expression}")
 
     def notified(self) -> set[str]:
-        """What Alertmanager would tell its receiver now: neither inhibited nor muted."""
+        """The alerts that Alertmanager has and does not hold back for another one."""
         assert self.alertmanager is not None
         answer = httpx.get(f"{self.alertmanager}/api/v2/alerts", params={"inhibited": "false"}, timeout=5)
         return {alert["labels"]["alertname"] for alert in answer.json()}

@@ -28,9 +28,11 @@ from app.settings import Settings
 from grafana.build import PROMETHEUS, ROOT, dashboards
 from tests.conftest import Lane, Serve, Service, random_symbol
 from tests.prometheus import (
+    PROGRAMS,
     Prometheus,
     metrics_in,
     postgres_exporter,
+    program,
     prometheus,
     rules,
     wait_until,
@@ -125,6 +127,8 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(serve: Serve, shared_dir: Path) -> Iterator[Scene]:
+    for name in PROGRAMS:
+        program(name)  # before anything is built
     directory = shared_dir / random_symbol()
     with replication(directory / "db") as pair:
         dsn = f"user=postgres_exporter host={pair.primary.socket} dbname=quotes sslmode=disable"

@@ -23,8 +23,8 @@ import yaml
 from grafana.build import ROOT
 from tests.conftest import free_port
 
-#: 5 minutes become 5 seconds, which are ten scrapes.
-RANGES: Final = 60
+#: 5 minutes become 4 seconds, which are eight scrapes.
+RANGES: Final = 75
 #: 5 minutes become 2 seconds, which are four evaluations.
 HOLDS: Final = 150
 RULES: Final = sorted((ROOT / "prometheus" / "rules").glob("*.yml"))

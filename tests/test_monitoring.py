@@ -46,7 +46,7 @@ pytestmark = pytest.mark.timeout(400)
 def panel_queries() -> set[str]:
     """Every PromQL query of a panel, with the variables at their defaults."""
     return {
-        target["expr"].replace("$job", ".+").replace("$instance", ".+").replace("$__rate_interval", "5s")
+        target["expr"].replace("$job", ".+").replace("$instance", ".+").replace("$__rate_interval", "4s")
         for document in dashboards().values()
         for panel in document["panels"]
         for target in panel.get("targets", [])
@@ -207,26 +207,26 @@ def test_nothing_fires_when_nothing_is_wrong(watched: Scene) -> None:
     assert {name for name in watched.prometheus.firing() if "Latency" not in name} == set()
 
 
-def test_a_central_prometheus_gets_the_figures_by_federation(watched: Scene, shared_dir: Path) -> None:
-    config = central("federate")
-    config["scrape_configs"][0] |= {
+def test_central_prometheuses_that_federate_and_that_are_written_to(watched: Scene, shared_dir: Path) -> None:
+    federate = central("federate")
+    federate["scrape_configs"][0] |= {
         "scrape_interval": "1s",
         "static_configs": [{"targets": [watched.prometheus.url.removeprefix("http://")]}],
     }
-    with prometheus(shared_dir / random_symbol(), **config) as server:
-        server.wait_series('operation:quotes_http_request_duration_seconds:p99{job="quotes",cluster="opa-quotes"}')
-        # Raw series stay where they are.
-        assert not server.query("quotes_http_requests_total")
-
-
-def test_a_central_prometheus_gets_the_figures_by_remote_write(watched: Scene, shared_dir: Path) -> None:
-    with prometheus(shared_dir / random_symbol()) as server:
-        (write,) = central("remote-write")["remote_write"]
-        del write["basic_auth"]
-        write |= {"url": f"{server.url}/api/v1/write"}
+    (write,) = central("remote-write")["remote_write"]
+    del write["basic_auth"]
+    with (
+        prometheus(shared_dir / random_symbol(), **federate) as federated,
+        prometheus(shared_dir / random_symbol()) as written_to,
+    ):
+        write |= {"url": f"{written_to.url}/api/v1/write"}
         with prometheus(shared_dir / random_symbol(), address(watched.service), remote_write=[write]):
-            server.wait_series('quotes_http_requests_total{job="quotes",cluster="opa-quotes"}')
-            assert not server.query("quotes_http_request_duration_seconds_bucket")
+            federated.wait_series(
+                'operation:quotes_http_request_duration_seconds:p99{job="quotes",cluster="opa-quotes"}'
+            )
+            assert not federated.query("quotes_http_requests_total"), "raw series stay where they are"
+            written_to.wait_series('quotes_http_requests_total{job="quotes",cluster="opa-quotes"}')
+            assert not written_to.query("quotes_http_request_duration_seconds_bucket")
 
 
 def central(name: str) -> dict[str, Any]:

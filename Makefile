@@ -23,13 +23,27 @@ $(VENV)/dev: requirements-dev.lock pyproject.toml | $(VENV)/created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@ $(VENV)/runtime
 
+# What the tests of monitoring run, from Debian's packages where the machine has not got it: unpacked, because installing
+# would start daemons. Without apt, or where it fails, those tests say that they were skipped.
+DEBIAN_PROGRAMS := prometheus promtool prometheus-alertmanager amtool prometheus-postgres-exporter
+DEBIAN_PACKAGES := prometheus prometheus-alertmanager prometheus-postgres-exporter
+
+$(VENV)/prometheus: | $(VENV)/created
+	@rm -rf $@.new && mkdir -p $@.new
+	@missing=; for program in $(DEBIAN_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+	if [ -z "$$missing" ] || { cd $@.new && \
+	    { apt-get download $(DEBIAN_PACKAGES) || { apt-get update && apt-get download $(DEBIAN_PACKAGES); }; } && \
+	    for package in *.deb; do dpkg --extract $$package . || exit 1; done && rm -- *.deb; } >$(abspath $@).log 2>&1; \
+	then mv $(abspath $@).new $(abspath $@); \
+	else echo "Prometheus cannot be had from apt here, see $@.log: tests of monitoring are skipped."; fi
+
 serve: $(VENV)/runtime  ## Run the service (PORT=8000) on the embedded database, or on QUOTES_DATABASE_URL
 	$(BIN)/python -m app serve --port $(PORT)
 
 demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on PORT
 	$(BIN)/python -m app demo --url http://127.0.0.1:$(PORT)
 
-test: $(VENV)/dev  ## Run all tests, on every lane that this machine has
+test: $(VENV)/dev $(VENV)/prometheus  ## Run all tests, on every lane that this machine has
 	$(BIN)/python -m pytest $(TESTARGS)
 
 check: $(VENV)/dev  ## Lint, types and import contracts
@@ -46,6 +60,15 @@ bench-ingest: $(VENV)/dev  ## Measure ingest beside its rivals; BENCHARGS="susta
 
 bench-storage: $(VENV)/dev  ## Measure the columnstore's ratio, on DATABASE_URL=… or the WebAssembly TimescaleDB
 	$(BIN)/python -m benchmarks.storage $(if $(DATABASE_URL),--database-url $(DATABASE_URL),--wasm) $(BENCHARGS)
+
+dashboards: $(VENV)/dev  ## Write Grafana's dashboards anew from grafana/build.py
+	$(BIN)/python -m grafana.build
+
+monitoring:  ## Pack rules and dashboards for another Prometheus and Grafana
+	mkdir -p dist
+	tar --create --gzip --file dist/opa-quotes-monitoring.tar.gz \
+	    prometheus/rules prometheus/central grafana/dashboards docs/runbooks.md
+	@echo dist/opa-quotes-monitoring.tar.gz
 
 lock: | $(VENV)/created  ## Refresh both lock files
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -65,4 +88,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test check bench bench-ingest bench-storage lock dev-up dev-down test-up clean
+.PHONY: help serve demo test check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean

@@ -178,19 +178,19 @@ STALE_RANGES: Final = Gauge(
 JOB_SUCCESS: Final = Gauge(
     "timescaledb_job_last_run_success",
     "1 if the last run of a background job succeeded.",
-    ["job"],
+    ["job_name"],
     multiprocess_mode="livemostrecent",
 )
 JOB_FINISHED: Final = Gauge(
     "timescaledb_job_last_successful_finish_timestamp_seconds",
     "When a background job last succeeded.",
-    ["job"],
+    ["job_name"],
     multiprocess_mode="livemostrecent",
 )
 JOB_INTERVAL: Final = Gauge(
     "timescaledb_job_schedule_interval_seconds",
     "Time between two runs of a background job.",
-    ["job"],
+    ["job_name"],
     multiprocess_mode="livemostrecent",
 )
 HTTP_REQUESTS: Final = Counter("quotes_http_requests_total", "HTTP requests.", ["handler", "method", "code"])

@@ -263,7 +263,7 @@ async def test_storage_report_and_metrics(lane: Lane, client: httpx.AsyncClient,
     assert 'timescaledb_hypertable_chunks{state="columnstore"}' in text
     if body["level"] == "community":
         assert 'timescaledb_cagg_watermark_lag_seconds{rollup="ohlc_1m"}' in text
-        assert 'timescaledb_job_schedule_interval_seconds{job="columnstore"}' in text
+        assert 'timescaledb_job_schedule_interval_seconds{job_name="columnstore"}' in text
     assert (await client.get("/v1/storage?limit=-1")).status_code == 400
 
 

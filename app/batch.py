@@ -8,7 +8,7 @@ means the same to all three.
 
 import decimal
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
@@ -165,6 +165,19 @@ class Batch:
             return [record[1] for record in self._records]
         return self.columns.column("timestamp")
 
+    def ends(self) -> Iterable[tuple[str, datetime, datetime]]:
+        """Symbols with a first and a last time; while the rows are few, each row by itself."""
+        if self._records is not None:
+            return [(record[0], record[1], record[1]) for record in self._records]
+        if not len(self):
+            return []
+        symbols, times = self.columns.column("symbol"), self.columns.column("timestamp")
+        last = [*pc.indices_nonzero(pc.not_equal(symbols[1:], symbols[:-1])).to_pylist(), len(self) - 1]
+        first = pa.array([0, *(position + 1 for position in last[:-1])])
+        return zip(
+            symbols.take(first).to_pylist(), times.take(first).to_pylist(), times.take(last).to_pylist(), strict=True
+        )
+
     def receipt(
         self, *, inserted: int, updated: int = 0, unchanged: int = 0, conflicts: Sequence[Rejection] = ()
     ) -> Receipt:
@@ -316,6 +329,17 @@ def joined(batches: Sequence[Batch]) -> pa.RecordBatch:
         return parts[0]
     merged = pa.concat_batches(parts)
     return merged.take(_order(merged))
+
+
+def ends(batches: Sequence[Batch]) -> dict[str, tuple[datetime, datetime]]:
+    """The first and the last time of each symbol in the batches."""
+    found: dict[str, tuple[datetime, datetime]] = {}
+    for batch in batches:
+        for symbol, first, last in batch.ends():
+            if symbol in found:
+                first, last = min(first, found[symbol][0]), max(last, found[symbol][1])  # noqa: PLW2901  widened
+            found[symbol] = (first, last)
+    return found
 
 
 def _in_columns(records: Sequence[_Record]) -> pa.RecordBatch:

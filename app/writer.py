@@ -89,11 +89,13 @@ class Writer:
         self._keys: set[str] = set()  # idempotency keys that wait or are being written
         self._rows_per_second = 0.0
         self._due: asyncio.Handle | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._stopping = False
         self._flushes: set[asyncio.Task[None]] = set()
         metrics.WRITER_QUEUE_LIMIT.set(settings.writer_queue_rows)
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()  # once: Python before 3.12 asks for the process's number each time
         return self
 
     async def __aexit__(
@@ -144,7 +146,7 @@ class Writer:
         if self._rows and self._rows + rows > settings.writer_queue_rows:
             raise self._overloaded()
         self._take(nbytes)
-        pending = _Pending(write, rows, nbytes, traces.request_context(), asyncio.get_running_loop().create_future())
+        pending = _Pending(write, rows, nbytes, traces.request_context(), self._loop.create_future())
         self._queue.append(pending)
         self._waiting_rows += rows
         if key is not None:
@@ -153,7 +155,7 @@ class Writer:
         if len(self._flushes) < settings.writer_flushes and (self._due is None or self._waiting_rows >= _WORTH_ROWS):
             # One turn of the loop: requests that became ready together share the transaction, of none of which its
             # context is.
-            self._due = asyncio.get_running_loop().call_soon(self._begin, context=contextvars.Context())
+            self._due = self._loop.call_soon(self._begin, context=contextvars.Context())
         return await pending.result
 
     def room(self) -> Room:
@@ -202,7 +204,7 @@ class Writer:
             if self._flushes and self._waiting_rows < _WORTH_ROWS:
                 patience = self._queue[0].since + _PATIENCE - time.perf_counter()
                 if patience > 0:
-                    self._due = asyncio.get_running_loop().call_later(patience, self._begin)
+                    self._due = self._loop.call_later(patience, self._begin)
                     return
             task = asyncio.create_task(self._commit(self._gather()), name="flush")
             self._flushes.add(task)

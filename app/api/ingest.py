@@ -142,7 +142,7 @@ async def ingest_quotes(request: Request) -> Response:
             if isinstance(error, InvalidQuotes):
                 _ROWS["rejected"].inc(len(error.rejections))
         raise
-    request.state.rows = receipt.received
+    request.scope["state"]["rows"] = receipt.received
     if query.dry_run:
         return encoded(msgspec.to_builtins(receipt) | {"dry_run": True})
     if isinstance(receipt, Replayed):

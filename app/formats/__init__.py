@@ -5,6 +5,7 @@ Invariant: whatever the format, quotes become a `Batch` under the same rules.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -50,6 +51,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
 _BY_MEDIA_TYPE: Final = {media: fmt for fmt in FORMATS.values() for media in fmt.media_types}
 
 
+@lru_cache(maxsize=64)
 def reader(content_type: str | None) -> Format:
     """The format of a body by its content type; JSON where none is given.
 

@@ -12,10 +12,9 @@ from typing import Final, Literal, TypeVar
 
 import asyncpg
 import pyarrow as pa
-import pyarrow.compute as pc
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from app.batch import Batch, joined
+from app.batch import Batch, ends, joined
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
 from app.model import SCHEMA, TICK, OnConflict, OnError, Receipt
@@ -128,8 +127,7 @@ class Ingest:
             return [answers[i] for i in range(len(writes))]
 
         if any(write.dry_run for write in writes):
-            results, _ = await self._transaction(lambda connection: self._try(connection, writes), end="ROLLBACK")
-            return results
+            return await self._transaction(lambda connection: self._try(connection, writes), end="ROLLBACK")
         return await self._transaction(store)
 
     async def replay(self, key: IdempotencyKey) -> Receipt | None:
@@ -149,20 +147,16 @@ class Ingest:
     async def _store(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
         if not writes:
             return []
-        results, rows = await self._try(connection, writes)
-        await self._update_latest(connection, rows)
+        results = await self._try(connection, writes)
+        stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
+        await self._update_latest(connection, stored)
         return results
 
-    async def _try(
-        self, connection: Connection, writes: Sequence[Write]
-    ) -> tuple[list[Receipt | QuotesError], pa.RecordBatch]:
-        """Write the rows; also gives those that were stored, of which `quotes.latest` does not know yet."""
-        rows = joined([write.batch for write in writes])
-        if not self._repeats and await self._copy(connection, rows):
-            return [write.batch.receipt(inserted=len(write.batch)) for write in writes], rows
-        results = await self._merge(connection, writes)
-        stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
-        return results, rows if len(stored) == len(writes) else joined(stored)
+    async def _try(self, connection: Connection, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+        """Write the rows; `quotes.latest` does not know of them yet."""
+        if not self._repeats and await self._copy(connection, joined([write.batch for write in writes])):
+            return [write.batch.receipt(inserted=len(write.batch)) for write in writes]
+        return await self._merge(connection, writes)
 
     async def _transaction(
         self, work: Callable[[Connection], Awaitable[_Result]], end: Literal["COMMIT", "ROLLBACK"] = "COMMIT"
@@ -317,23 +311,14 @@ class Ingest:
                 low, high = high, min(high + step, last + TICK)
             step *= 2
 
-    async def _update_latest(self, connection: Connection, rows: pa.RecordBatch) -> None:
-        """Bring `quotes.latest` up to what was just stored: rows in the order of their key."""
-        if not len(rows):
+    async def _update_latest(self, connection: Connection, stored: Sequence[Batch]) -> None:
+        """Bring `quotes.latest` up to what was just stored."""
+        found = ends(stored)
+        if not found:
             return
-        symbols, times = rows.column("symbol"), rows.column("timestamp")
-        steps = pc.indices_nonzero(pc.not_equal(symbols[1:], symbols[:-1])).to_pylist()
-        last = times.take(pa.array([*steps, len(rows) - 1]))
-        bounds = pc.min_max(last).as_py()
-        first_rows = pa.array([0, *(step + 1 for step in steps)])
-        await connection.execute(
-            _LATEST,
-            symbols.take(first_rows).to_pylist(),
-            times.take(first_rows).to_pylist(),
-            last.to_pylist(),
-            bounds["min"],
-            bounds["max"],
-        )
+        symbols = sorted(found)
+        first, last = zip(*(found[symbol] for symbol in symbols), strict=True)
+        await connection.execute(_LATEST, symbols, first, last, min(last), max(last))
 
 
 async def _encode(rows: pa.RecordBatch) -> AsyncIterator[bytes]:

@@ -46,6 +46,8 @@ _INSTANT: Final = pa.timestamp("us", "UTC")
 _TICK: Final = Decimal("0.00000001")
 _PRICE_LIMIT: Final = Decimal(10) ** 12
 _SIZE_LIMIT: Final = 2**63
+_SYMBOL: Final = re.compile(SYMBOL_PATTERN, re.ASCII)
+_LEAST_PRICE: Final = _TICK
 _ZERO: Final = pa.scalar(Decimal(0), _PRICE)
 _HALF: Final = pa.scalar(Decimal("0.5"), pa.decimal128(2, 1))
 _NO_NUMBER: Final = object()
@@ -63,6 +65,7 @@ _RECORD_BYTES: Final = 1000
 #: Refuses to round, and what has more than twelve digits before the point.
 _EXACT: Final = decimal.Context(prec=20, traps=[decimal.Inexact, decimal.InvalidOperation])
 _PER_SECOND: Final[Mapping[Precision, int]] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_DAY: Final = 86_400 * 10**6
 _COLUMNS: Final = SCHEMA.append(pa.field("index", pa.int32()))
 _KEY: Final = itemgetter(0, 1)
 _KNOWN: Final = frozenset(FIELDS)
@@ -264,7 +267,7 @@ class Batch:
             return None
         if arrays[0].null_count or arrays[1].null_count:
             return None
-        arrays.append(pa.array(range(len(table)), pa.int32()))
+        arrays.append(_positions(len(table)))
         return cls._checked(pa.RecordBatch.from_arrays(arrays, schema=_COLUMNS), len(table), checks)
 
     @classmethod
@@ -275,7 +278,10 @@ class Batch:
         if rejected and terms.on_error == "abort":
             raise InvalidQuotes(rejected, received)
         _check_days(columns.column("timestamp"), terms.limits.max_days)
-        crossed = pc.sum(pc.greater(columns.column("bid"), columns.column("ask"))).as_py() or 0
+        bid, ask = columns.column("bid"), columns.column("ask")
+        crossed = 0
+        if max(bid.null_count, ask.null_count) < len(columns):
+            crossed = pc.sum(pc.greater(bid, ask)).as_py() or 0
         return cls(
             columns, received, superseded=superseded, rounded=checks.rounded, crossed=crossed, rejected=rejected,
             pointer=checks.pointer,
@@ -328,7 +334,7 @@ def joined(batches: Sequence[Batch]) -> pa.RecordBatch:
     if len(parts) == 1:
         return parts[0]
     merged = pa.concat_batches(parts)
-    return merged.take(_order(merged))
+    return merged.take(_order(merged)[0])
 
 
 def ends(batches: Sequence[Batch]) -> dict[str, tuple[datetime, datetime]]:
@@ -349,19 +355,39 @@ def _in_columns(records: Sequence[_Record]) -> pa.RecordBatch:
     )
 
 
-def _order(columns: pa.RecordBatch) -> pa.Array:
-    """The positions of rows in the order of their key, equal keys as they come."""
-    symbols = columns.column("symbol").dictionary_encode()
+def _order(columns: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
+    """The positions of rows by their key, equal keys as they come; and which have that of the next one."""
+    symbols = columns.column("symbol")
+    if not pa.types.is_dictionary(symbols.type):
+        symbols = symbols.dictionary_encode()
     instants = columns.column("timestamp").cast(pa.int64())
-    first, last = pc.min_max(instants).as_py().values()
+    ends = pc.min_max(instants)
+    first, last = ends["min"].as_py(), ends["max"].as_py()
     bits = (last - first).bit_length()
-    if len(symbols.dictionary) << bits < _SIZE_LIMIT:
+    ranks = pc.rank(symbols.dictionary, tiebreaker="dense").cast(pa.int64()).take(symbols.indices)
+    if (len(symbols.dictionary) + 1) << bits < _SIZE_LIMIT:
         # Symbol and time in one integer sort twice as fast as two columns.
-        rank = pc.rank(symbols.dictionary).cast(pa.int64()).take(symbols.indices)
-        return pc.array_sort_indices(pc.add(pc.shift_left(pc.subtract(rank, 1), bits), pc.subtract(instants, first)))
-    positions = pa.array(range(len(columns)), pa.int32())
-    keyed = columns.select(["symbol", "timestamp"]).append_column("position", positions)
-    return pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in keyed.schema.names])
+        keys = pc.add(pc.shift_left(ranks, bits), pc.subtract(instants, first))
+        order = pc.array_sort_indices(keys)
+        keys = keys.take(order)
+        return order, pc.equal(keys[1:], keys[:-1])
+    keyed = pa.RecordBatch.from_arrays(
+        [ranks, instants, _positions(len(columns))], names=["rank", "instant", "position"]
+    )
+    order = pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in keyed.schema.names])
+    keyed = keyed.take(order)
+    same = (pc.equal(column[1:], column[:-1]) for column in (keyed.column("rank"), keyed.column("instant")))
+    return order, pc.and_(*same)
+
+
+@lru_cache(maxsize=1)
+def _all_positions(rows: int) -> pa.Array:
+    return pa.array(range(rows), pa.int32())
+
+
+def _positions(rows: int) -> pa.Array:
+    """0, 1, 2 and so on; cut from an array that is kept, as Python's integers take 30 us a thousand."""
+    return _all_positions(1 << max(16, (rows - 1).bit_length()))[:rows]
 
 
 # --- the fast ways ---
@@ -389,18 +415,20 @@ def _record(row: Row, position: int, oldest: datetime, newest: datetime | None) 
     source = row.source
     if source is not None and (len(source) > SOURCE_LENGTH or not source.isascii() or "\0" in source):
         raise _Unusual
-    return (_symbol(row.symbol), moment, price, bid, ask, row.bid_size, row.ask_size, row.volume, source, position)
+    symbol = _normal(row.symbol)
+    if symbol is None:
+        raise _Unusual
+    return (symbol, moment, price, bid, ask, row.bid_size, row.ask_size, row.volume, source, position)
 
 
 _is_plain_instant: Final = re.compile(_PLAIN_INSTANT.replace("$", r"\Z"), re.ASCII).match
 
 
 @lru_cache(maxsize=65_536)
-def _symbol(text: str) -> str:
+def _normal(text: str) -> str | None:
+    """The stored form of a symbol, None if it cannot be one."""
     upper = text.upper()
-    if not text.isascii() or re.fullmatch(SYMBOL_PATTERN, upper) is None:
-        raise _Unusual
-    return upper
+    return upper if text.isascii() and _SYMBOL.fullmatch(upper) else None
 
 
 def _price(value: Any) -> Decimal | None:
@@ -508,44 +536,37 @@ class _Checks:
         self._faults.setdefault(index, Rejection(index, where, code, detail))
 
     def ruled(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Apply the rules of value, fill missing prices with the mid, and keep the rows that pass."""
+        """Apply the rules of value, fill missing prices with the mid, and keep the rows that pass.
+
+        The symbols come back as a dictionary. What has few distinct values is looked at once a value, and a bound is
+        compared with the least and the greatest value first: that takes 5 us a column, to compare each row 30.
+        """
         symbols = batch.column("symbol").dictionary_encode()
-        names = pc.ascii_upper(symbols.dictionary)
-        self._check(
-            batch, pc.match_substring_regex(names, SYMBOL_PATTERN).take(symbols.indices),
-            "symbol", "symbol-invalid", "A symbol is 1 to 32 of A-Z 0-9 . - = ^ / : _",
-        )  # fmt: skip
-        times = batch.column("timestamp")
-        if self.terms.limits.newest is not None:
+        names = [_normal(text) for text in symbols.dictionary.to_pylist()]
+        if None in names:
             self._check(
-                batch, pc.less_equal(times, pa.scalar(self.terms.limits.newest, times.type)),
-                "timestamp", "timestamp-in-future", "The timestamp lies more than 60 seconds ahead.",
+                batch, pa.array([name is not None for name in names], pa.bool_()).take(symbols.indices),
+                "symbol", "symbol-invalid", "A symbol is 1 to 32 of A-Z 0-9 . - = ^ / : _",
             )  # fmt: skip
-        oldest = self.terms.limits.oldest
-        self._check(
-            batch, pc.greater_equal(times, pa.scalar(oldest, times.type)),
-            "timestamp", "timestamp-too-old",
-            "The timestamp lies before 1970." if oldest == EPOCH
-            else f"The timestamp is older than retention keeps; the oldest taken is {rfc3339(oldest)}.",
-        )  # fmt: skip
+        self._check_times(batch)
         for name in _PRICES:
-            self._check(
-                batch, pc.greater(batch.column(name), _ZERO),
-                name, "price-not-positive", "A price is greater than zero, also after rounding to 8 decimals.",
-            )  # fmt: skip
+            column = batch.column(name)
+            if not _at_least(column, _LEAST_PRICE):
+                self._check(
+                    batch, pc.greater(column, _ZERO),
+                    name, "price-not-positive", "A price is greater than zero, also after rounding to 8 decimals.",
+                )  # fmt: skip
         for name in _SIZES:
-            self._check(
-                batch, pc.greater_equal(batch.column(name), 0), name, "size-negative", "A size is zero or more."
-            )
+            column = batch.column(name)
+            if not _at_least(column, 0):
+                self._check(batch, pc.greater_equal(column, 0), name, "size-negative", "A size is zero or more.")
         sources = batch.column("source").dictionary_encode()
-        sound = pc.and_not(
-            pc.less_equal(pc.utf8_length(sources.dictionary), SOURCE_LENGTH),
-            pc.match_substring(sources.dictionary, "\0"),
-        )
-        self._check(
-            batch, sound.take(sources.indices),
-            "source", "source-invalid", f"A source is at most {SOURCE_LENGTH} characters, without NUL.",
-        )  # fmt: skip
+        sound = [len(text) <= SOURCE_LENGTH and "\0" not in text for text in sources.dictionary.to_pylist()]
+        if not all(sound):
+            self._check(
+                batch, pa.array(sound, pa.bool_()).take(sources.indices),
+                "source", "source-invalid", f"A source is at most {SOURCE_LENGTH} characters, without NUL.",
+            )  # fmt: skip
         price = batch.column("price")
         if price.null_count:
             mid = pc.round(
@@ -556,29 +577,43 @@ class _Checks:
                 batch, pc.is_valid(price),
                 "price", "price-missing", "A quote has a price, or both bid and ask.",
             )  # fmt: skip
-        batch = batch.set_column(0, batch.schema.field("symbol"), names.take(symbols.indices))
-        batch = batch.set_column(2, batch.schema.field("price"), price)
+            batch = batch.set_column(2, batch.schema.field("price"), price)
+        coded = pa.DictionaryArray.from_arrays(symbols.indices, pa.array(names, pa.string()))
+        batch = batch.set_column(0, "symbol", coded)
         if not self._faults:
             return batch
         faulty = pa.array(sorted(self._faults), pa.int32())
         return batch.filter(pc.invert(pc.is_in(batch.column("index"), value_set=faulty)))
 
+    def _check_times(self, batch: pa.RecordBatch) -> None:
+        times = batch.column("timestamp")
+        oldest, newest = self.terms.limits.oldest, self.terms.limits.newest
+        ends = pc.min_max(times)
+        first, last = ends["min"].value, ends["max"].value
+        if newest is not None and last is not None and last > _microseconds(newest):
+            self._check(
+                batch, pc.less_equal(times, pa.scalar(newest, times.type)),
+                "timestamp", "timestamp-in-future", "The timestamp lies more than 60 seconds ahead.",
+            )  # fmt: skip
+        if first is not None and first < _microseconds(oldest):
+            self._check(
+                batch, pc.greater_equal(times, pa.scalar(oldest, times.type)),
+                "timestamp", "timestamp-too-old",
+                "The timestamp lies before 1970." if oldest == EPOCH
+                else f"The timestamp is older than retention keeps; the oldest taken is {rfc3339(oldest)}.",
+            )  # fmt: skip
+
     def _check(self, batch: pa.RecordBatch, passed: pa.Array, name: str, code: str, detail: str) -> None:
         """Refuse the rows where `passed` is false; a null is an absent value and passes."""
-        if pc.all(passed, min_count=0).as_py():
-            return
         for index in batch.column("index").filter(pc.invert(passed)).to_pylist():
             self.refuse(index, name, code, detail)
 
     def unique(self, batch: pa.RecordBatch, on_conflict: OnConflict) -> tuple[pa.RecordBatch, int]:
         """Sort by key and keep one row of each key; the count of rows that another one replaced."""
         if len(batch) < 2:  # noqa: PLR2004  one row has no twin
-            return batch, 0
-        batch = batch.take(_order(batch))
-        same = pc.and_(
-            pc.equal(batch.column("symbol")[1:], batch.column("symbol")[:-1]),
-            pc.equal(batch.column("timestamp")[1:], batch.column("timestamp")[:-1]),
-        )
+            return _in_texts(batch), 0
+        order, same = _order(batch)
+        batch = _in_texts(batch.take(order))
         repeats = pc.sum(same).as_py() or 0
         if not repeats:
             return batch, 0
@@ -592,6 +627,21 @@ class _Checks:
                 self.refuse(index, "timestamp", "duplicate-key", "An earlier quote of the batch has the same key.")
             repeats = 0
         return batch.filter(pc.invert(later)), repeats
+
+
+def _at_least(column: pa.Array, bound: Decimal | int) -> bool:
+    lowest = pc.min(column).as_py()
+    return lowest is None or lowest >= bound
+
+
+def _in_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with its symbols as texts again."""
+    return batch.set_column(0, SCHEMA.field("symbol"), batch.column("symbol").cast(pa.string()))
+
+
+def _microseconds(moment: datetime) -> int:
+    delta = moment - EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
 # --- the thorough way ---
@@ -740,6 +790,9 @@ def _of_epoch(value: object, precision: Precision) -> object:
 
 
 def _check_days(times: pa.Array, limit: int) -> None:
+    ends = pc.min_max(times)
+    if not len(times) or ends["max"].value - ends["min"].value < (limit - 1) * _DAY:
+        return
     days = len(pc.unique(pc.floor_temporal(times, unit="day")))
     if days > limit:
         raise InvalidRequest(f"The batch spans {days} distinct days; at most {limit} are taken in one request.")

@@ -84,6 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     for router in (ingest.router, quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
+    app.router.routes.insert(0, ingest.ROUTE)
     Instrumentator().expose(app, include_in_schema=False)  # last: routes are tried in turn
     _declare(app, settings)
     return app

@@ -11,6 +11,7 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Annotated, Final, Literal, Self
 
+import msgspec
 import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -100,8 +101,7 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """What one request may carry. Times are aware; a row outside [`oldest`, `newest`] is refused.
 
     `max_bytes` bounds what a body may become by decompression.
@@ -133,8 +133,7 @@ class Limits:
         return cls(oldest, now + timedelta(seconds=60), max_rows, max_days, max_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """On which terms the quotes of one request are taken.
 
     A row that breaks a rule aborts the request or is skipped; of equal keys in the request the last one wins, or with
@@ -148,8 +147,7 @@ class Terms:
     precision: Precision | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """What became of one request: `received = inserted + updated + unchanged + superseded + len(rejected)`.
 
     `unchanged` rows were stored already, or lost to a stored one under `on_conflict=ignore`; `superseded`

@@ -1,6 +1,5 @@
 """The rules of a quote and the grammar of an interval."""
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app.batch import Batch
 from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest

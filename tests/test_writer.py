@@ -69,19 +69,22 @@ async def test_requests_that_wait_share_a_transaction() -> None:
     assert gate.flushes == [1, 5]
 
 
-async def test_few_quotes_wait_for_the_transaction_in_flight_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [[50], [1, 1, 1, 1]])
+async def test_few_quotes_wait_for_the_transaction_in_flight_and_many_do_not(
+    monkeypatch: pytest.MonkeyPatch, beside: list[int]
+) -> None:
+    monkeypatch.setattr("app.writer._WORTH_ROWS", 60)
     monkeypatch.setattr("app.writer._PATIENCE", 3600)
     gate = Gate()
     async with Writer(gate, make_settings(writer_flushes=2)) as writer:
         tasks = [asyncio.create_task(writer.submit(write()))]
         await settle()
-        tasks += [asyncio.create_task(writer.submit(write())) for _ in range(30)]
+        tasks += [asyncio.create_task(writer.submit(write())) for _ in range(20)]
         await settle()
         assert gate.flushes == [1]
-        monkeypatch.setattr("app.writer._WORTH_ROWS", 40)
-        tasks.append(asyncio.create_task(writer.submit(write(10))))
+        tasks += [asyncio.create_task(writer.submit(write(rows))) for rows in beside]
         await settle()
-        assert gate.flushes == [1, 31]
+        assert gate.flushes == [1, 20 + len(beside)]
         gate.open.set()
         await asyncio.gather(*tasks)
 

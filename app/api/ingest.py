@@ -1,8 +1,8 @@
 """Quotes in: one route for all formats.
 
 Invariant: a 2xx is sent after the commit, and a request that is refused has stored nothing. A request without a query
-and special headers pays for none: parameters are parsed here, once for each query string, because the framework's way
-costs as much as the rest of the route.
+and special headers pays for none: it takes a plain route of Starlette, and a query is parsed once for each text of it.
+FastAPI's own route takes 100 us of 190 for a single quote; it is there for OpenAPI.
 """
 
 import time
@@ -14,6 +14,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from app import formats, metrics
 from app.api.deps import Query, Services, encoded, parameters, read_body
@@ -153,6 +155,18 @@ async def ingest_quotes(request: Request) -> Response:
     if prefers_minimal(request) and not (receipt.rejected or receipt.superseded):
         return Response(status_code=204, headers={**headers, "Preference-Applied": "return=minimal"})
     return encoded(receipt, headers=headers)
+
+
+class _Fast(Route):
+    """A route that leaves other methods of its path to the routes behind it."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        return (match, {**child, "route": self}) if match == Match.FULL else (Match.NONE, {})
+
+
+#: Goes before all others.
+ROUTE: Final = _Fast("/v1/quotes", ingest_quotes, methods=["POST"])
 
 
 @lru_cache(maxsize=256)

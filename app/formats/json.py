@@ -26,8 +26,8 @@ _ANY: Final = msgspec.json.Decoder(float_hook=Decimal)
 def check_parts(body: bytes, terms: Terms) -> None:
     """Refuse a text of more values than the longest batch has, before memory is spent on them.
 
-    64 MiB of `{},` would be 1.4 GB. A body in which as many quotes would have no room is not looked at: it takes 60 MB at
-    most, and to count takes 4 % of the time.
+    64 MiB of `{},` would be 1.4 GB. A body in which as many quotes would have no room is not looked at: it takes
+    60 MB at most, and to count takes 4 % of the time.
 
     Raises:
         BodyTooLarge: it has.

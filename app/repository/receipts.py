@@ -49,8 +49,7 @@ class IdempotencyKey:
         return int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big", signed=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed(Receipt):
+class Replayed(Receipt, frozen=True):
     """The receipt that an earlier request with the same key got; nothing was stored again."""
 
 

@@ -47,7 +47,6 @@ _TICK: Final = Decimal("0.00000001")
 _PRICE_LIMIT: Final = Decimal(10) ** 12
 _SIZE_LIMIT: Final = 2**63
 _SYMBOL: Final = re.compile(SYMBOL_PATTERN, re.ASCII)
-_LEAST_PRICE: Final = _TICK
 _ZERO: Final = pa.scalar(Decimal(0), _PRICE)
 _HALF: Final = pa.scalar(Decimal("0.5"), pa.decimal128(2, 1))
 _NO_NUMBER: Final = object()
@@ -551,7 +550,7 @@ class _Checks:
         self._check_times(batch)
         for name in _PRICES:
             column = batch.column(name)
-            if not _at_least(column, _LEAST_PRICE):
+            if not _at_least(column, _TICK):
                 self._check(
                     batch, pc.greater(column, _ZERO),
                     name, "price-not-positive", "A price is greater than zero, also after rounding to 8 decimals.",

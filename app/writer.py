@@ -37,7 +37,7 @@ _WORTH_REQUESTS: Final = 24
 _PATIENCE: Final = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pending:
     write: Write
     rows: int
@@ -75,7 +75,7 @@ class Room:
 
 
 class Writer:
-    """The queue, its flushers and the results.
+    """The queue, the transactions in flight and the results.
 
     Use as an async context manager: leaving it drains the queue, for `drain_timeout` at most.
     """

@@ -109,6 +109,47 @@ async def test_kill_9_loses_nothing_acknowledged(serve: Serve, shared_dir: Path,
                 assert found <= rows + 500
 
 
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not tell what memory a process holds"
+)
+async def test_more_than_can_be_written_is_refused_and_memory_stays_bounded(serve: Serve, shared_dir: Path) -> None:
+    """Forty clients, each with bodies of 3 MB, against a queue of 8 MB."""
+    limits = {"QUOTES_WRITER_QUEUE_BYTES": "8000000", "QUOTES_WRITER_QUEUE_ROWS": "60000"}
+    answers: list[int] = []
+    symbols = [random_symbol() for _ in range(40)]
+    stored = dict.fromkeys(symbols, 0)
+    with serve(shared_dir / "overload", **limits) as service:
+
+        async def client(http: httpx.AsyncClient, symbol: str) -> None:
+            for turn in range(4):
+                body = json.dumps(batch(symbol, 40_000 * turn, 40_000))
+                answer = await http.post(f"{service.url}/v1/quotes", content=body)
+                answers.append(answer.status_code)
+                if answer.status_code == 200:
+                    stored[symbol] += answer.json()["inserted"]
+                else:
+                    problem = answer.json()
+                    assert (answer.status_code, problem["code"]) == (503, "overloaded")
+                    assert 1 <= int(answer.headers["Retry-After"]) <= 30
+
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as http:
+            await client(http, symbols[0])
+            before = resident(service.process.pid)
+            await asyncio.gather(*(client(http, symbol) for symbol in symbols))
+            assert resident(service.process.pid) - before < 100_000_000
+            assert {200, 503} == set(answers)
+            after = await http.post(f"{service.url}/v1/quotes", json=batch(random_symbol(), 0, 10))
+            assert after.json()["inserted"] == 10
+        for symbol, rows in stored.items():
+            assert count(service.url, symbol) == rows
+
+
 async def test_stopping_answers_what_was_accepted(serve: Serve, shared_dir: Path) -> None:
     data = shared_dir / "stopping"
     with serve(data) as service:

@@ -5,6 +5,7 @@ the PostgreSQL wheel, a community TimescaleDB in WebAssembly, and the server of 
 tests share a database and isolate themselves by random symbols; only tests of the schema get a fresh one.
 """
 
+import asyncio
 import logging
 import os
 import random
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastapi import FastAPI
 from hypothesis import settings as hypothesis_settings
 
 from app.db.embedded import embedded_postgres
-from app.db.engine import Database
+from app.db.engine import Connection, Database
 from app.db.migrate import migrate
 from app.main import create_app
 from app.repository.quotes import QuoteRepository
@@ -315,3 +316,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name in LANES:
         state = f"ran {ran[name]} tests" if ran[name] else "did not run"
         terminalreporter.write_line(f"{name:12} {state}: {about.get(name, 'not asked for')}")
+
+
+async def refresh(connection: Connection, rollup: str, start: datetime, end: datetime, *, options: str = "{}") -> None:
+    """Refresh a rollup, when the policy that may be at it on a server with timers has done."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await connection.execute(
+                    f"CALL refresh_continuous_aggregate('quotes.{rollup}', '{start}', '{end}', options => '{options}')"
+                )
+            except asyncpg.LockNotAvailableError:
+                await asyncio.sleep(0.05)
+            else:
+                return

@@ -21,7 +21,7 @@ from app.db.embedded import embedded_postgres, find_server
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
-from tests.conftest import Lane, fresh_database, random_symbol
+from tests.conftest import Lane, fresh_database, random_symbol, refresh
 
 START: Final = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=40)
 END: Final = START + timedelta(days=50)
@@ -86,10 +86,7 @@ async def filled(lane: Lane, url: str) -> list[str]:
             async with database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
                 until = START + timedelta(days=20)
                 for rollup in ("ohlc_1m", "ohlc_1h", "ohlc_1d"):
-                    await connection.execute(
-                        f"CALL refresh_continuous_aggregate('quotes.{rollup}', '{START}', '{until}',"
-                        """ options => '{"buckets_per_batch": 0}')"""
-                    )
+                    await refresh(connection, rollup, START, until, options='{"buckets_per_batch": 0}')
                 chunks = await connection.fetch(
                     "SELECT format('%I.%I', chunk_schema, chunk_name) FROM timescaledb_information.chunks"
                     " WHERE hypertable_name = 'real_time' ORDER BY range_start LIMIT 10"

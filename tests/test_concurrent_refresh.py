@@ -20,7 +20,7 @@ from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
-from tests.conftest import Lane, about, random_symbol
+from tests.conftest import Lane, about, random_symbol, refresh
 from tests.test_differential import DAY, ROLLUPS, Model, tuples
 
 ROUNDS: Final = int(os.environ.get("REFRESH_ROUNDS", "15"))
@@ -43,11 +43,11 @@ class Front:
         return self.start + DAY + (DAYS - 2) * DAY * self.rounds / (WRITERS * ROUNDS)
 
 
-async def refresh(database: Database, front: Front, name: str, width: timedelta) -> None:
+async def keep_refreshing(database: Database, front: Front, name: str, width: timedelta) -> None:
     async with database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
         while not front.done.is_set():
             start, end = front.start - DAY, front.at + 2 * width
-            await connection.execute(f"CALL refresh_continuous_aggregate('quotes.{name}', '{start}', '{end}')")
+            await refresh(connection, name, start, end)
             front.refreshes += 1
 
 
@@ -87,7 +87,7 @@ async def test_what_is_acknowledged_is_in_the_bars_during_refreshes(lane: Lane, 
             pytest.skip(f"the level of this lane is {database.capability.level}")
         seed = random.SystemRandom().randrange(10**9)
         front, quotes = Front(), QuoteRepository(database, settings)
-        refreshes = [asyncio.create_task(refresh(database, front, *rollup)) for rollup in ROLLUPS]
+        refreshes = [asyncio.create_task(keep_refreshing(database, front, *rollup)) for rollup in ROLLUPS]
         try:
             written = await asyncio.gather(*(write(quotes, front, random.Random(seed + i)) for i in range(WRITERS)))
         finally:

@@ -16,7 +16,7 @@ from app.db.engine import Connection, Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
-from tests.conftest import Lane, about, random_symbol
+from tests.conftest import Lane, about, random_symbol, refresh
 
 DAY: Final = timedelta(days=1)
 CLIENTS: Final = 8
@@ -79,10 +79,7 @@ async def test_locks_do_not_grow_with_the_history(lane: Lane, empty_url: str, re
                 for rollup in ("ohlc_1m", "ohlc_1h", "ohlc_1d"):
                     start, end = today - days // 2 * DAY, today
                     # In one transaction; by default it would be one for every ten buckets.
-                    await connection.execute(
-                        f"CALL refresh_continuous_aggregate('quotes.{rollup}', '{start}', '{end}',"
-                        """ options => '{"buckets_per_batch": 0}')"""
-                    )
+                    await refresh(connection, rollup, start, end, options='{"buckets_per_batch": 0}')
             chunks = await connection.fetchval(
                 "SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'real_time'"
             )

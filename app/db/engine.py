@@ -101,8 +101,12 @@ def translated() -> Iterator[None]:
 
 
 def connection_lost(error: BaseException) -> bool:
-    """Whether the exception says that the connection, not the statement, failed."""
-    return isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError)) or (
+    """Whether the exception says that the connection, not the statement, failed.
+
+    The driver's own client errors are among them: a server that goes away leaves the protocol between two states.
+    """
+    broken = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError)
+    return isinstance(error, broken) or (
         isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(("57P",))
     )
 
@@ -255,7 +259,7 @@ class Database:
                         # The server has become a standby. All connections lead there, and all of them work.
                         self.renew()
                     # A cancelled or failed exchange may leave the protocol in the middle of a message.
-                    if read_only or driver.is_closed() or driver.is_in_transaction():
+                    if read_only or connection_lost(error) or driver.is_closed() or driver.is_in_transaction():
                         await pooled.invalidate()
                     raise
                 finally:

@@ -638,6 +638,21 @@ async def test_reads_and_writes_recover_after_all_connections_broke(
     assert (await quotes.bulk_insert([quote(symbol, 0)])).inserted == 1
 
 
+async def test_a_connection_whose_protocol_broke_is_not_used_again(database: Database) -> None:
+    """A server that goes away at the wrong moment leaves the driver between two states, with the socket open."""
+    used = []
+
+    async def work(connection: Any) -> int:
+        used.append(connection)
+        if len(used) == 1:
+            raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+        return int(await connection.fetchval("SELECT 1"))
+
+    assert await database.read(work) == 1
+    assert used[0] is not used[1]
+    assert used[0].is_closed()
+
+
 async def _terminate(lane: Lane, connection: Any) -> None:
     pid = connection.get_server_pid()
     killer = await asyncpg.connect(lane.url)

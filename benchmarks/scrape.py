@@ -185,6 +185,7 @@ async def _requests(settings: Settings, calls: int) -> None:
                     await app(scope, receive, send)
                 if turn:
                     times[noted].append(1e6 * (time.process_time() - before) / calls)
+    logs.configure(settings.model_copy(update={"log_level": "WARNING"}))
     print("| request, us of CPU | median | min | max |\n| --- | ---: | ---: | ---: |")
     _row("an empty route", times[False], lambda value: f"{value:.0f}")
     _row("named, counted and logged as JSON", times[True], lambda value: f"{value:.0f}")

@@ -9,7 +9,7 @@ means the same to all three.
 import decimal
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from itertools import chain
@@ -36,6 +36,8 @@ from app.model import (
     Quote,
     Receipt,
     Terms,
+    instant,
+    microseconds,
     rfc3339,
 )
 
@@ -63,7 +65,6 @@ _FEW: Final = 150
 _RECORD_BYTES: Final = 1000
 #: Refuses to round, and what has more than twelve digits before the point.
 _EXACT: Final = decimal.Context(prec=20, traps=[decimal.Inexact, decimal.InvalidOperation])
-_PER_SECOND: Final[Mapping[Precision, int]] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY: Final = 86_400 * 10**6
 _COLUMNS: Final = SCHEMA.append(pa.field("index", pa.int32()))
 _KEY: Final = itemgetter(0, 1)
@@ -589,12 +590,12 @@ class _Checks:
         oldest, newest = self.terms.limits.oldest, self.terms.limits.newest
         ends = pc.min_max(times)
         first, last = ends["min"].value, ends["max"].value
-        if newest is not None and last is not None and last > _microseconds(newest):
+        if newest is not None and last is not None and last > microseconds(newest):
             self._check(
                 batch, pc.less_equal(times, pa.scalar(newest, times.type)),
                 "timestamp", "timestamp-in-future", "The timestamp lies more than 60 seconds ahead.",
             )  # fmt: skip
-        if first is not None and first < _microseconds(oldest):
+        if first is not None and first < microseconds(oldest):
             self._check(
                 batch, pc.greater_equal(times, pa.scalar(oldest, times.type)),
                 "timestamp", "timestamp-too-old",
@@ -636,11 +637,6 @@ def _at_least(column: pa.Array, bound: Decimal | int) -> bool:
 def _in_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch with its symbols as texts again."""
     return batch.set_column(0, SCHEMA.field("symbol"), batch.column("symbol").cast(pa.string()))
-
-
-def _microseconds(moment: datetime) -> int:
-    delta = moment - EPOCH
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
 # --- the thorough way ---
@@ -781,9 +777,8 @@ def _of_epoch(value: object, precision: Precision) -> object:
         value = int(value)
     if type(value) is not int:
         return value
-    seconds, rest = divmod(value, _PER_SECOND[precision])
     try:
-        return EPOCH + timedelta(seconds=seconds, microseconds=rest * 10**6 // _PER_SECOND[precision])
+        return instant(value, precision)
     except OverflowError:
         return value
 

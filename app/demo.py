@@ -28,7 +28,7 @@ from rich.table import Table
 
 from app.client import DEFAULT_URL, Client, ClientError, Totals, in_order, until_interrupted
 from app.errors import InvalidRequest
-from app.model import Receipt, rfc3339
+from app.model import Receipt, microseconds, rfc3339
 
 BATCH: Final = 10_000
 _MICRO: Final = 1_000_000
@@ -217,7 +217,7 @@ class Market:
     def __init__(self, instruments: Sequence[Instrument], start: datetime, seed: int) -> None:
         self._paths = [_Path(instrument, seed) for instrument in instruments]
         self._venues = dict.fromkeys(instrument.venue for instrument in instruments)
-        self.clock = _micros(start)
+        self.clock = microseconds(start)
 
     def advance(self, until: int, rate: float | None = None) -> list[bytes]:
         """Move the clock to `until`; the quotes of that time as lines of JSON, in time order.
@@ -251,10 +251,6 @@ class Market:
                 quotes += path.quotes(self.clock, stop, text, pace * active, pace)
         quotes.sort()
         return [line for _, line in quotes]
-
-
-def _micros(moment: datetime) -> int:
-    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def history(market: Market, end: int) -> Iterator[tuple[int, list[bytes]]]:
@@ -346,7 +342,7 @@ class _Feed:
         return receipt
 
     async def _send_history(self, progress: Progress) -> None:
-        start, end = _micros(self._start), _micros(self._end)
+        start, end = microseconds(self._start), microseconds(self._end)
         bar = progress.add_task(f"History, {self._options.days} days", total=end - start, quotes=0, rate=0.0)
         began = time.monotonic()
 

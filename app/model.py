@@ -41,6 +41,7 @@ SCHEMA: Final = pa.schema(
 )
 #: The resolution of a timestamp.
 TICK: Final = timedelta(microseconds=1)
+_PER_SECOND: Final[Mapping[Precision, int]] = MappingProxyType({"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9})
 #: Nothing is older.
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -163,6 +164,20 @@ class Receipt(msgspec.Struct, frozen=True):
     rounded: int
     crossed: int
     rejected: list[Rejection]
+
+
+def microseconds(moment: datetime) -> int:
+    """Microseconds from 1970-01-01T00:00Z to an aware moment."""
+    return (moment - EPOCH) // TICK
+
+
+def instant(count: int, precision: Precision = "us") -> datetime:
+    """The instant, in UTC, that many units after 1970-01-01T00:00Z; nanoseconds are cut to microseconds.
+
+    Raises:
+        OverflowError: it lies outside of the calendar.
+    """
+    return EPOCH + timedelta(microseconds=count * 10**6 // _PER_SECOND[precision])
 
 
 def rfc3339(moment: datetime) -> str:

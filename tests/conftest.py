@@ -319,13 +319,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 async def refresh(connection: Connection, rollup: str, start: datetime, end: datetime, *, options: str = "{}") -> None:
-    """Refresh a rollup, when the policy that may be at it on a server with timers has done."""
+    """Refresh a rollup, when the policy that may be at it has done."""
+    await patiently(
+        connection,
+        f"CALL refresh_continuous_aggregate('quotes.{rollup}', '{start}', '{end}', options => '{options}')",
+    )
+
+
+async def patiently(connection: Connection, statement: str) -> None:
+    """Run a statement, again while a policy on a server with timers is at what it needs."""
     async with asyncio.timeout(60):
         while True:
             try:
-                await connection.execute(
-                    f"CALL refresh_continuous_aggregate('quotes.{rollup}', '{start}', '{end}', options => '{options}')"
-                )
+                await connection.execute(statement)
             except asyncpg.LockNotAvailableError:
                 await asyncio.sleep(0.05)
             else:

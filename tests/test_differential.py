@@ -8,7 +8,6 @@ DIFFERENTIAL_SEQUENCES sets how many sequences run (300 for a full run); DIFFERE
 DIFFERENTIAL_FIRST begins later in it, so that one sequence can be repeated, or a run be shared out.
 """
 
-import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -16,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from typing import Any, Final
 
-import asyncpg
 import pytest
 
 from app.db.capability import Level
@@ -24,7 +22,7 @@ from app.db.engine import Connection, Database
 from app.db.migrate import migrate
 from app.repository.bars import Bar
 from app.repository.quotes import QuoteRepository
-from tests.conftest import Lane, about, random_symbol
+from tests.conftest import Lane, about, patiently, random_symbol
 
 SEQUENCES: Final = int(os.environ.get("DIFFERENTIAL_SEQUENCES", "5"))
 SEED: Final = int(os.environ.get("DIFFERENTIAL_SEED") or random.SystemRandom().randrange(10**9))
@@ -163,14 +161,8 @@ class Sequence:
             return list(await connection.fetch(statement, *arguments))
 
     async def call(self, statement: str) -> None:
-        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection, asyncio.timeout(60):
-            while True:
-                try:
-                    await connection.execute(statement)
-                except asyncpg.LockNotAvailableError:  # a policy is at it, where there are timers
-                    await asyncio.sleep(0.05)
-                else:
-                    return
+        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+            await patiently(connection, statement)
 
     # --- operations: each says what it did ---
 

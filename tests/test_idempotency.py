@@ -33,7 +33,7 @@ from app.repository.ingest import Write
 from app.repository.quotes import QuoteRepository
 from app.repository.receipts import IdempotencyKey, Receipts, Replayed
 from app.settings import Settings
-from tests.conftest import Lane, Serve, random_symbol, running
+from tests.conftest import Lane, Serve, random_symbol, refresh, running
 from tests.test_api import JSON, problem, row
 from tests.test_repository import T0, _in_thread
 
@@ -535,10 +535,7 @@ async def test_a_dry_run_leaves_no_chunk_and_nothing_to_refresh(lane: Lane, empt
                     "SELECT job_id FROM timescaledb_information.jobs WHERE job_id >= 1000"
                 ):
                     await connection.execute("SELECT alter_job($1, scheduled => false)", job[0])
-                await connection.execute(
-                    f"CALL refresh_continuous_aggregate('quotes.ohlc_1m', '{T0 - timedelta(days=9)}',"
-                    f" '{T0 + timedelta(days=9)}')"
-                )
+                await refresh(connection, "ohlc_1m", T0 - timedelta(days=9), T0 + timedelta(days=9))
         before = await traces()
         batch = Batch.from_rows([{"symbol": "B", "timestamp": T0 - timedelta(days=5), "price": 1}])
         (dry,) = await quotes.write([Write(batch, dry_run=True)])

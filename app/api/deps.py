@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
 from urllib.parse import quote, urlencode
@@ -32,7 +32,7 @@ from app.errors import (
 )
 from app.formats import encoding
 from app.health import Health
-from app.model import Consistency, Timestamp, normal_symbol
+from app.model import Consistency, Timestamp, instant, microseconds, normal_symbol
 from app.monitor import Monitor
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
@@ -42,7 +42,6 @@ from app.writer import Room, Writer
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SIGNATURE_BYTES: Final = 12
 #: What becomes more than this is decompressed in a thread: gzip takes about a millisecond for it.
 _INLINE_BYTES: Final = 64 * 1024
@@ -251,18 +250,11 @@ def _sign(key: bytes, request: Request, payload: bytes) -> bytes:
     return hmac.digest(key, hashlib.sha256(bound).digest() + payload, "sha256")[:_SIGNATURE_BYTES]
 
 
-def _micros(moment: datetime) -> int:
-    delta = moment - _EPOCH
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-
-
-def _moment(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
-
-
 def issue_token(request: Request, settings: Settings, position: Position, start: datetime, end: datetime) -> str:
     """The token of the page after `position`."""
-    token = _Token(position.symbol, _micros(position.timestamp), position.given, _micros(start), _micros(end))
+    token = _Token(
+        position.symbol, microseconds(position.timestamp), position.given, microseconds(start), microseconds(end)
+    )
     payload = msgspec.json.encode(token)
     key = settings.page_token_key.get_secret_value().encode()
     return base64.urlsafe_b64encode(_sign(key, request, payload) + payload).decode().rstrip("=")
@@ -286,9 +278,9 @@ def read_token(request: Request, settings: Settings, text: str) -> Paging:
     try:
         token = msgspec.json.decode(payload, type=_Token)
         return Paging(
-            _moment(token.start),
-            _moment(token.end),
-            Position(token.symbol, _moment(token.microseconds), token.given),
+            instant(token.start),
+            instant(token.end),
+            Position(token.symbol, instant(token.microseconds), token.given),
         )
     except (msgspec.DecodeError, OverflowError) as error:
         raise refused from error

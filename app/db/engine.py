@@ -39,6 +39,8 @@ Work: TypeAlias = Callable[[Connection], Awaitable[T]]
 _HOST_TIMEOUT: Final = 3.0
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
 _RENEW_INTERVAL: Final = 1.0
+#: What the driver raises when it cannot speak to a server, or not any longer.
+_DRIVER_FAILED: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 #: SQLSTATE classes that say "not now" rather than "never": connection, resources, operator intervention, system.
 _UNAVAILABLE = ("08", "53", "57", "58", "F0", "XX")
 _CANNOT_SERVE = {
@@ -67,7 +69,7 @@ def translate(error: BaseException) -> QuotesError | None:
         return None
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("All database connections are busy.")
-    if isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)):
+    if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):
         return DatabaseUnavailable("The database cannot be reached.")
     return None
 
@@ -105,8 +107,7 @@ def connection_lost(error: BaseException) -> bool:
 
     The driver's own client errors are among them: a server that goes away leaves the protocol between two states.
     """
-    broken = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError)
-    return isinstance(error, broken) or (
+    return isinstance(error, (*_DRIVER_FAILED, asyncpg.PostgresConnectionError)) or (
         isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(("57P",))
     )
 
@@ -143,7 +144,7 @@ async def connect_first(urls: list[str], timeout: float, **options: Any) -> tupl
     for index, url in enumerate(urls):
         try:
             return index, await asyncpg.connect(url, **options)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        except (*_DRIVER_FAILED, asyncpg.PostgresError) as error:
             failures.append(error)
     raise failures[0]
 

@@ -4,7 +4,7 @@ Invariant: what a column becomes here is never larger than the limit of a body, 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import pyarrow as pa
@@ -12,13 +12,12 @@ import pyarrow.compute as pc
 
 from app.batch import Batch, check_size
 from app.errors import BodyTooLarge, MalformedBody
-from app.model import ALIASES, EPOCH, FIELDS, Terms
+from app.model import ALIASES, FIELDS, Terms, instant
 
 PRICES: Final = frozenset({"price", "bid", "ask"})
 SIZES: Final = frozenset({"bid_size", "ask_size", "volume"})
 #: Digits of decimals by their bits. Arrow lets larger scales pass, and then writes no number that Python reads.
 _DIGITS: Final = {32: 9, 64: 18, 128: 38, 256: 76}
-_PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def fields_of(names: Sequence[str]) -> dict[str, str]:
@@ -152,9 +151,8 @@ def _values(field: str, column: pa.ChunkedArray) -> list[Any]:
 def _moment(count: int | None, kind: pa.TimestampType) -> Any:
     if count is None:
         return None
-    seconds, rest = divmod(count, _PER_SECOND[kind.unit])
     try:
-        moment = EPOCH + timedelta(seconds=seconds, microseconds=rest * 10**6 // _PER_SECOND[kind.unit])
+        moment = instant(count, kind.unit)
     except OverflowError:
         moment = datetime.max.replace(tzinfo=UTC) if count > 0 else datetime.min.replace(tzinfo=UTC)
     return moment if kind.tz is not None else moment.replace(tzinfo=None)

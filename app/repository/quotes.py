@@ -58,7 +58,6 @@ from app.repository.receipts import IdempotencyKey
 from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN
 from app.settings import Settings
 
-_ATTEMPTS: Final = 3
 _VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
 _COLUMNS: Final = ", ".join(SCHEMA.names)
 

@@ -9,10 +9,11 @@ own ends; below `floor`, where raw quotes may have been dropped, only rollups ar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from app.db.engine import Connection
+from app.model import EPOCH, instant, microseconds
 
 #: Rollups from coarse to fine with the width of their buckets, all aligned to midnight in UTC.
 ROLLUPS: Final = (
@@ -23,8 +24,6 @@ ROLLUPS: Final = (
 RAW: Final = "real_time"
 #: More holes than this in one rollup are read as one, to keep the statement short.
 _MOST_HOLES: Final = 4
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 
 # Changes not yet looked at, ranges not yet materialised, ranges being materialised: in microseconds since 1970,
 # both ends inclusive. The three steps of a refresh move an entry from one to the next, each in one transaction.
@@ -64,10 +63,10 @@ async def stretches(
 
     `floor` is raised to a midnight, so that no bucket that is read from below it reaches above it.
     """
-    lowest = start if floor is None else max(start, floor + (_EPOCH - floor) % ROLLUPS[0][1])
+    lowest = start if floor is None else max(start, floor + (EPOCH - floor) % ROLLUPS[0][1])
     if lowest >= end:
         return [Stretch(source, start, end)]
-    rows = await connection.fetch(_INVALID, (lowest - _EPOCH) // _MICROSECOND, (end - _EPOCH) // _MICROSECOND)
+    rows = await connection.fetch(_INVALID, microseconds(lowest), microseconds(end))
     invalid: dict[str, list[Span]] = {}
     for name, first, last in rows:
         invalid.setdefault(name, []).append((_moment(first, lowest, end), _moment(last + 1, lowest, end)))
@@ -99,8 +98,8 @@ def _holes(spans: Sequence[Span], width: timedelta, start: datetime, end: dateti
     """The spans widened to whole buckets, clipped to the range, joined where they touch, and few."""
     holes: list[Span] = []
     for first, last in sorted(spans):
-        low = max(start, first - (first - _EPOCH) % width)
-        high = min(end, last + (_EPOCH - last) % width)
+        low = max(start, first - (first - EPOCH) % width)
+        high = min(end, last + (EPOCH - last) % width)
         if low >= high:
             continue
         if holes and low <= holes[-1][1]:
@@ -113,10 +112,10 @@ def _holes(spans: Sequence[Span], width: timedelta, start: datetime, end: dateti
     return holes
 
 
-def _moment(microseconds: int, lowest: datetime, highest: datetime) -> datetime:
+def _moment(value: int, lowest: datetime, highest: datetime) -> datetime:
     """A catalog value within the bounds; the catalog's infinities lie outside of the calendar."""
-    if microseconds <= (lowest - _EPOCH) // _MICROSECOND:
+    if value <= microseconds(lowest):
         return lowest
-    if microseconds >= (highest - _EPOCH) // _MICROSECOND:
+    if value >= microseconds(highest):
         return highest
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return instant(value)

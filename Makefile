@@ -46,6 +46,9 @@ demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on
 test: $(VENV)/dev $(VENV)/prometheus  ## Run all tests, on every lane that this machine has
 	$(BIN)/python -m pytest $(TESTARGS)
 
+trades: $(VENV)/dev  ## Test a million trades, many in one millisecond, against polars on every lane (minutes)
+	TEST_TRADES=1000000 $(BIN)/python -m pytest tests/test_trades.py $(TESTARGS)
+
 check: $(VENV)/dev  ## Lint, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,8 +75,8 @@ monitoring:  ## Pack rules and dashboards for another Prometheus and Grafana
 
 lock: | $(VENV)/created  ## Refresh both lock files
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-header pyproject.toml -o requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --no-strip-extras --upgrade --generate-hashes --no-header pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --no-strip-extras --generate-hashes --no-header --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
 
 dev-up:  ## Start TimescaleDB and the service in containers
 	docker compose up --build --detach --wait
@@ -88,4 +91,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean
+.PHONY: help serve demo test trades check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean

@@ -15,6 +15,8 @@ from app.db.engine import connect_first, hosts_of
 from app.errors import StartupError
 from app.settings import Settings
 
+#: Revisions of stores from before the row was decided, which nothing can turn into one of today.
+UNRELEASED = frozenset({"0001", "0002", "0003", "0004"})
 LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
 
 
@@ -48,6 +50,17 @@ def _ensure_timescaledb(connection: Connection) -> None:
         connection.commit()
 
 
+def _refuse_unreleased(connection: Connection) -> None:
+    if connection.execute(text("SELECT to_regclass('alembic_version') IS NOT NULL")).scalar_one():
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
+        if not UNRELEASED.isdisjoint(found):
+            raise StartupError(
+                "This store was made before the first release, with rows that cannot be converted in place; read its"
+                " quotes with the version that made it, and load them into an empty database with this one."
+            )
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     # Session settings, so that they hold for each migration's transaction.
     for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
@@ -67,6 +80,7 @@ def _run(connection: Connection) -> None:
                 f"The server's capability level is {capability.level}, {settings.required_level} is required. Nothing"
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
+        _refuse_unreleased(connection)
         context.config.attributes.update(capability=capability, settings=settings)
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

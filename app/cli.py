@@ -34,7 +34,7 @@ from app.db.engine import Database
 from app.errors import QuotesError
 from app.health import Health, Report
 from app.maintain import DataDir, Json
-from app.model import OnConflict
+from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
 from app.settings import Settings
 
@@ -227,6 +227,12 @@ def load(
     symbol: Annotated[str | None, typer.Option(help="Symbol of files without such a column.")] = None,
     tz: Annotated[str | None, typer.Option(help="IANA zone of times without an offset.")] = None,
     on_conflict: Annotated[OnConflict, typer.Option(help="What to do with keys that are stored.")] = "update",
+    ties: Annotated[
+        Ties, typer.Option(help="Rows of one symbol and instant: number them a nanosecond apart, or keep the last.")
+    ] = "number",
+    prices: Annotated[
+        Prices | None, typer.Option(help="Whether prices of 0 and below are prices; unset: what the service is set to.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Value of `source` for every quote.")] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--map", help="FIELD=COLUMN, as in price=Close; repeatable.")
@@ -247,6 +253,8 @@ def load(
                 symbol=symbol,
                 tz=tz,
                 on_conflict=on_conflict,
+                ties=ties,
+                prices=prices,
                 source=source,
                 columns=loading.column_map(columns or []),
                 batch_size=batch_size,

@@ -20,7 +20,7 @@ import httpx
 import msgspec
 
 from app.errors import InvalidRequest, QuotesError
-from app.model import OnConflict, OnError, Receipt
+from app.quote.terms import OnConflict, OnError, Prices, Receipt
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _PASSING: Final = frozenset({408, 429, 502, 503, 504})  # the service's own 503, and what a balancer answers for it
@@ -50,7 +50,9 @@ class Totals(msgspec.Struct):
     updated: int = 0
     unchanged: int = 0
     superseded: int = 0
+    numbered: int = 0
     rounded: int = 0
+    zeros: int = 0
     crossed: int = 0
     rejected: int = 0
 
@@ -60,7 +62,9 @@ class Totals(msgspec.Struct):
         self.updated += receipt.updated
         self.unchanged += receipt.unchanged
         self.superseded += receipt.superseded
+        self.numbered += receipt.numbered
         self.rounded += receipt.rounded
+        self.zeros += receipt.zeros
         self.crossed += receipt.crossed
         self.rejected += len(receipt.rejected)
 
@@ -115,6 +119,7 @@ class Client:
         *,
         on_conflict: OnConflict = "update",
         on_error: OnError = "abort",
+        prices: Prices | None = None,
         exact: bool = False,
     ) -> Receipt:
         """Post quotes, each a line of JSON, as one request.
@@ -129,7 +134,8 @@ class Client:
         headers = {"Content-Type": "application/x-ndjson"}
         if exact:
             headers["Idempotency-Key"] = f'"{uuid4()}"'
-        request = {"on_conflict": on_conflict, "on_error": on_error}
+        given = {"on_conflict": on_conflict, "on_error": on_error, "prices": prices}
+        request = {name: value for name, value in given.items() if value is not None}
         body = b"\n".join(lines)
         started, pause = time.monotonic(), _FIRST_PAUSE
         while True:

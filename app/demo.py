@@ -2,8 +2,9 @@
 
 Invariant: a quote of the history depends only on the seed, its symbol and its UTC day, so a demo that runs again
 finds its history stored, and live quotes stay near the same prices. Each quote lies on the tick grid with
-bid <= price <= ask, in the trading hours of its venue (public holidays are not modelled), and later than the one
-before it of its symbol.
+bid <= price <= ask as far as it has them, its sizes are whole lots, which are fractions for coins, it lies in the
+trading hours of its venue (public holidays are not modelled), and later than the one before it of its symbol. About a
+third have no price, because nothing was traded, and a few only one side; these have no trade either.
 """
 
 import asyncio
@@ -27,8 +28,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from app.client import DEFAULT_URL, Client, ClientError, Totals, in_order, until_interrupted
+from app.clock import microseconds, rfc3339
 from app.errors import InvalidRequest
-from app.model import Receipt, microseconds, rfc3339
+from app.quote.terms import Receipt
 
 BATCH: Final = 10_000
 _MICRO: Final = 1_000_000
@@ -37,6 +39,7 @@ _DAY_MINUTES: Final = 24 * 60
 _DAY: Final = _DAY_MINUTES * _MINUTE
 _WAVES: Final = (11, 37, 131, 487)  # periods in days
 _SATURDAY: Final = 5
+_ONE_SIDED: Final = 0.02  # of all quotes
 _LIVE_PERIOD: Final = 0.2
 _ASLEEP: Final = 30 * _MICRO  # a live feed further behind than this catches up at the pace of history
 
@@ -79,7 +82,10 @@ _CRYPTO = Venue("crypto", "UTC", ((0, _DAY_MINUTES),), weekend=True)
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """What is quoted: first price, tick, volatility a year, usual spread in ticks, lot, and quotes a second."""
+    """What is quoted: first price, tick, volatility a year, usual spread in ticks, lot, quotes a second, share traded.
+
+    `traded` is the share of its two-sided quotes that are a trade's.
+    """
 
     symbol: str
     venue: Venue
@@ -87,36 +93,37 @@ class Instrument:
     tick: str
     volatility: float
     spread: int
-    lot: int
+    lot: str
     pace: float
+    traded: float
 
 
 def _stock(symbol: str, venue: Venue, price: str, volatility: float, tick: str = "0.01", spread: int = 2) -> Instrument:
-    return Instrument(symbol, venue, price, tick, volatility, spread, 1 if venue is _XETRA else 100, 0.18)
+    return Instrument(symbol, venue, price, tick, volatility, spread, "1" if venue is _XETRA else "100", 0.18, 0.75)
 
 
 def _pair(symbol: str, price: str, volatility: float, tick: str = "0.00001") -> Instrument:
-    return Instrument(symbol, _FX, price, tick, volatility, 4, 100_000, 0.06)
+    return Instrument(symbol, _FX, price, tick, volatility, 4, "100000", 0.06, 0.3)
 
 
-def _coin(symbol: str, price: str, volatility: float, lot: int) -> Instrument:
+def _coin(symbol: str, price: str, volatility: float, lot: str) -> Instrument:
     spread = int(Decimal(price) * 3_000)  # a third of a basis point, in ticks of 10^-8
-    return Instrument(symbol, _CRYPTO, price, "0.00000001", volatility, spread, lot, 0.08)
+    return Instrument(symbol, _CRYPTO, price, "0.00000001", volatility, spread, lot, 0.08, 0.75)
 
 
 #: Every prefix is a mixture that trades at some time of any day.
 INSTRUMENTS: Final = (
-    _coin("BTC-USD", "94250.5", 0.45, 1),
+    _coin("BTC-USD", "94250.5", 0.45, "0.0001"),
     _pair("EURUSD=X", "1.0842", 0.07),
     _stock("AAPL", _NEW_YORK, "228.40", 0.26),
-    _coin("ETH-USD", "3120.25", 0.6, 1),
+    _coin("ETH-USD", "3120.25", 0.6, "0.001"),
     _stock("MSFT", _NEW_YORK, "421.70", 0.24, spread=3),
     _stock("SHEL.L", _LONDON, "2612.5", 0.22, "0.5"),
     _stock("SAP.DE", _XETRA, "214.35", 0.25),
     _stock("7203.T", _TOKYO, "2847.5", 0.28, "0.5"),
     _stock("NVDA", _NEW_YORK, "138.25", 0.5, spread=1),
     _pair("GBPUSD=X", "1.2713", 0.08),
-    _coin("DOGE-USD", "0.18345", 0.9, 1000),
+    _coin("DOGE-USD", "0.18345", 0.9, "0.5"),
     _stock("AMZN", _NEW_YORK, "204.60", 0.3),
     _stock("JPM", _NEW_YORK, "243.10", 0.22),
     _stock("AZN.L", _LONDON, "10842", 0.23, "1"),
@@ -132,13 +139,27 @@ INSTRUMENTS: Final = (
     _pair("AUDUSD=X", "0.6531", 0.1),
     _stock("TSLA", _NEW_YORK, "338.75", 0.6, spread=4),
     _stock("META", _NEW_YORK, "561.10", 0.34, spread=5),
-    _coin("SOL-USD", "238.7", 0.8, 1),
+    _coin("SOL-USD", "238.7", 0.8, "0.01"),
     _stock("BP.L", _LONDON, "384.15", 0.25, "0.05"),
     _stock("DTE.DE", _XETRA, "29.41", 0.16),
     _stock("8306.T", _TOKYO, "1803.5", 0.27, "0.5"),
     _pair("USDCHF=X", "0.8846", 0.07),
-    _coin("XRP-USD", "1.1204", 0.95, 100),
+    _coin("XRP-USD", "1.1204", 0.95, "0.1"),
 )
+
+
+class _Grid:
+    """The multiples of a tick or lot, written as decimals."""
+
+    def __init__(self, step: str) -> None:
+        decimals = -min(0, int(Decimal(step).normalize().as_tuple().exponent))
+        self._scale = 10**decimals
+        self._units = int(Decimal(step) * self._scale)
+        self._form = f"%d.%0{decimals}d" if decimals else "%d%.0s"
+
+    def __call__(self, steps: int) -> str:
+        written: str = self._form % divmod(steps * self._units, self._scale)
+        return written
 
 
 class _Path:
@@ -148,19 +169,12 @@ class _Path:
     """
 
     def __init__(self, instrument: Instrument, seed: int) -> None:
-        tick = Decimal(instrument.tick)
-        decimals = -min(0, int(tick.normalize().as_tuple().exponent))
         self.instrument = instrument
         self._seed = f"{seed}:{instrument.symbol}"
-        self._base = float(Decimal(instrument.price) / tick)
-        self._scale = 10**decimals
-        self._units = int(tick * self._scale)
+        self._base = float(Decimal(instrument.price) / Decimal(instrument.tick))
+        self._price, self._size = _Grid(instrument.tick), _Grid(instrument.lot)
         self._move = instrument.volatility / math.sqrt(instrument.venue.open_seconds)
-        price = f"%d.%0{decimals}d" if decimals else "%d%.0s"
-        self._line = (
-            f'{{"symbol":"{instrument.symbol}","timestamp":"%s%02d.%06dZ","price":"{price}","bid":"{price}",'
-            f'"ask":"{price}","bid_size":%d,"ask_size":%d,"volume":%d,"source":"demo"}}'
-        )
+        self._line = f'{{"symbol":"{instrument.symbol}","timestamp":"%s%02d.%06dZ",%s"source":"demo"}}'
         self._begin(0)
 
     def _begin(self, day: int) -> None:
@@ -183,7 +197,7 @@ class _Path:
         if start >= self._midnight:
             self._begin(start // _DAY)
         uniform, gauss, exponential = self._random.random, self._random.gauss, self._random.expovariate
-        spread, lot, scale, units = self.instrument.spread, self.instrument.lot, self._scale, self._units
+        spread, traded, price, size = self.instrument.spread, self.instrument.traded, self._price, self._size
         base, gap, move = start - start % _MINUTE, rate / _MICRO, self._move / math.sqrt(pace)
         at = float(start)
         while True:
@@ -199,15 +213,19 @@ class _Path:
             bid = max(1, int(self._mid - width / 2))
             ask = bid + width
             bid_lots, ask_lots = 1 + int(30 * uniform() ** 3), 1 + int(30 * uniform() ** 3)
-            if (change > 0) == (uniform() < 0.7):  # noqa: PLR2004  a rising price mostly trades at the ask
-                last, lots = ask, ask_lots
-            else:
-                last, lots = bid, bid_lots
+            sides = [
+                f'"bid":"{price(bid)}","bid_size":{size(bid_lots)},',
+                f'"ask":"{price(ask)}","ask_size":{size(ask_lots)},',
+            ]
+            if uniform() < _ONE_SIDED:
+                del sides[uniform() < 0.5]  # noqa: PLR2004  either of the two
+            elif uniform() < traded:
+                # A rising price mostly trades at the ask.
+                at_ask = (change > 0) == (uniform() < 0.7)  # noqa: PLR2004
+                last, lots = (ask, ask_lots) if at_ask else (bid, bid_lots)
+                sides.append(f'"price":"{price(last)}","volume":{size(1 + int(lots * uniform()))},')
             seconds, micros = divmod(moment - base, _MICRO)
-            line = self._line % (
-                minute, seconds, micros, *divmod(last * units, scale), *divmod(bid * units, scale),
-                *divmod(ask * units, scale), bid_lots * lot, ask_lots * lot, (1 + int(lots * uniform())) * lot,
-            )  # fmt: skip
+            line = self._line % (minute, seconds, micros, "".join(sides))
             yield moment, line.encode()
 
 

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from app import __version__, metrics
+from app.clock import rfc3339
 from app.db.capability import REQUIRED, Level
 from app.errors import QuotesError
-from app.model import rfc3339
+from app.quote.fields import KEY
 from app.repository.system import Observation, SystemRepository
 from app.settings import Settings
 
@@ -132,8 +133,8 @@ class Health:
     def _hypertable(self, seen: Observation) -> Check:
         if not seen.table_exists:
             return Check("hypertable", "unhealthy", "quotes.real_time is missing: run `opa-quotes migrate`.")
-        if seen.primary_key != ["symbol", "timestamp"]:
-            return Check("hypertable", "unhealthy", "quotes.real_time has not the key (symbol, timestamp).")
+        if seen.primary_key != list(KEY):
+            return Check("hypertable", "unhealthy", f"quotes.real_time has not the key ({', '.join(KEY)}).")
         if seen.revision != self._head:
             detail = f"The schema is at revision {seen.revision}, this version of the service at {self._head}."
             return Check("hypertable", "degraded", detail, seen.revision)

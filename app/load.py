@@ -2,32 +2,38 @@
 
 Invariant: the state file counts a prefix of the file whose rows are all committed or listed in the reject file. It is
 replaced after each batch, in file order, so a run that was cut off at any point continues without loss. Numbers of
-text files stay text until the service reads them, so prices arrive exactly as written.
+text files stay text until the service reads them, so prices arrive exactly as written. With ties numbered, what is
+stored is the file's rows in the order of their time, each on a key of its own: where batches are cut makes no
+difference, nor whether the file runs from the oldest row or from the newest. For that it is read once before any of it
+is sent, and once more where the rows of a symbol run in neither order; those take some memory, a few bytes each.
 """
 
+import asyncio
 import csv
 import gzip
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, tzinfo
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from datetime import time as clock_time
-from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 import httpx
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,8 +41,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from app.client import DEFAULT_URL, Client, Refused, Totals, Unavailable, in_order, until_interrupted
+from app.clock import EPOCH, FIRST, LAST, UNITS, Nanoseconds, NotAnInstant, nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
-from app.model import FIELDS, OnConflict, Receipt, normal_symbol, rfc3339
+from app.quote.fields import FIELDS, NAMES, NUMBERS, PRICES, TEXTS
+from app.quote.rules import normal, normal_symbol
+from app.quote.terms import OnConflict, Prices, Receipt, Ties
 
 FileFormat = Literal["csv", "ndjson", "parquet"]
 Status = Literal["loaded", "already loaded", "interrupted", "failed"]
@@ -47,25 +56,28 @@ MAX_BYTES: Final = 48 * 1024 * 1024
 _HEAD_BYTES: Final = 64 * 1024
 _COMPACT_DATE: Final = len("20260131")
 _LONG_DATE: Final = len("2026-01-31")
-_INT64_DIGITS: Final = 19
+_DAY: Final = 86_400 * UNITS["s"]
+#: The digits of a fraction beyond the microseconds, which `datetime` does not keep.
+_FINER: Final = re.compile(r"(?<=[.,][0-9]{6})[0-9]+")
+_NO_YEAR: Final = ("timestamp-invalid", "The timestamp lies outside the years 1 to 9999.")
+#: Instants that can be stored; others are refused by the service, and take nobody's number.
+_FIRST: Final = nanoseconds(FIRST)
+_LAST: Final = nanoseconds(LAST)
+_LOOK: Final = 20_000  # rows looked at before others get their turn
 _SKIP: Final = 100_000  # rows passed over at once when resuming, so that an interrupt is seen
 _SUFFIXES: Final[dict[str, FileFormat]] = {
     ".csv": "csv", ".tsv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".parquet": "parquet", ".pq": "parquet",
 }  # fmt: skip
-#: Names of columns, best first, in lower case. Pandas names an index that has no name `__index_level_0__`.
-_ALIASES: Final = {
-    "symbol": ("symbol", "ticker"),
+#: Names of columns beside those of the fields, best first, in lower case. Pandas names an index that has no name
+#: `__index_level_0__`.
+_FILE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "timestamp": ("timestamp", "datetime", "time", "ts", "date", "__index_level_0__"),
     "price": ("price", "last", "lastprice", "last_price", "close", "adj close", "adj_close"),
-    "bid": ("bid", "bid_price"),
-    "ask": ("ask", "ask_price"),
     "bid_size": ("bid_size", "bidsize"),
     "ask_size": ("ask_size", "asksize"),
     "volume": ("volume", "vol", "size"),
-    "source": ("source",),
 }
-_PRICES: Final = ("price", "bid", "ask")
-_SIZES: Final = ("bid_size", "ask_size", "volume")
+_ALIASES: Final = {field.name: _FILE_NAMES.get(field.name, (field.name, *field.aliases)) for field in FIELDS}
 _ABSENT: Final = frozenset({"", "nan", "na", "n/a", "null", "none"})  # of numbers only: NA is also a symbol
 _BROKEN_FILE: Final = (EOFError, zlib.error, csv.Error, pa.ArrowException, UnicodeError)
 
@@ -76,7 +88,10 @@ class LoadOptions:
 
     `columns` maps fields to columns of the file (`column_map` reads `price=Close`), an empty column leaves the field
     out. `symbol` is for files without such a column (default: the file's name). `tz` is the zone of times without an
-    offset, which are refused without it. `state` and `rejects` default to files beside the loaded one.
+    offset, which are refused without it. With `ties="number"` rows of one symbol and instant are all kept, each later
+    one on the next free nanosecond; a file that runs backwards is numbered as if it ran forward, and each file by
+    itself. With `replace` the last one of the file is kept. `prices` is that of the service unless it is given. `state`
+    and `rejects` default to files beside the loaded one.
     """
 
     files: Sequence[Path]
@@ -85,6 +100,8 @@ class LoadOptions:
     symbol: str | None = None
     tz: str | None = None
     on_conflict: OnConflict = "update"
+    ties: Ties = "number"
+    prices: Prices | None = None
     source: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     batch_size: int = 10_000
@@ -152,8 +169,8 @@ def column_map(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         name, separator, column = pair.partition("=")
         name = name.strip().lower()
-        if not separator or name not in FIELDS:
-            raise InvalidRequest(f"A mapping is FIELD=COLUMN, with a field of {', '.join(FIELDS)}.", parameter="map")
+        if not separator or name not in NAMES:
+            raise InvalidRequest(f"A mapping is FIELD=COLUMN, with a field of {', '.join(NAMES)}.", parameter="map")
         columns[name] = column.strip()
     return columns
 
@@ -164,7 +181,7 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: 
     A first column without a name is the timestamp if nothing else is.
 
     Raises:
-        _Unreadable: `strict`, and a named column does not exist, or timestamp or price have no column.
+        _Unreadable: `strict`, and a named column does not exist, or the timestamp or every price has no column.
     """
     folded = [name.strip().lower() for name in names]
     found: dict[str, int] = {}
@@ -182,12 +199,12 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: 
             found[name] = position
     if "timestamp" not in found and "timestamp" not in explicit and folded[:1] == [""]:
         found["timestamp"] = 0
-    if strict and ("timestamp" not in found or ("price" not in found and not {"bid", "ask"} <= found.keys())):
+    if strict and ("timestamp" not in found or found.keys().isdisjoint(PRICES)):
         missing = "price" if "timestamp" in found else "timestamp"
         raise _Unreadable(
             f"no column is known as {missing}; name it with --map {missing}=COLUMN, of {', '.join(map(repr, names))}"
         )
-    return {name: found[name] for name in FIELDS if name in found}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 class Converter:
@@ -198,61 +215,113 @@ class Converter:
         self._source = source
         self._zone: tzinfo | None = UTC if tz == "UTC" else ZoneInfo(tz) if tz else None
 
-    def quote(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], datetime]:
-        """The quote and its instant, in UTC.
+    def place(self, row: Mapping[str, Any]) -> tuple[Any, int]:
+        """The symbol as it is given and the instant in nanoseconds since 1970.
 
         Raises:
-            _Fault: only the row's author can say what it means.
+            _Fault: only the row's author can say when it was.
         """
-        quote: dict[str, Any] = {}
-        if symbol := row.get("symbol") or self._symbol:
-            quote["symbol"] = symbol.strip() if isinstance(symbol, str) else symbol
-        moment = self._instant(row.get("timestamp"))
-        quote["timestamp"] = rfc3339(moment)
-        for name in _PRICES:
+        symbol = row.get("symbol") or self._symbol
+        return symbol.strip() if isinstance(symbol, str) else symbol, self._instant(row.get("timestamp"))
+
+    def quote(self, row: Mapping[str, Any], symbol: Any, instant: int) -> dict[str, Any]:
+        """The quote at a place, as the service reads it.
+
+        Raises:
+            _Fault: the instant lies outside of the calendar.
+        """
+        quote: dict[str, Any] = {"symbol": symbol} if symbol else {}
+        try:
+            quote["timestamp"] = rfc3339_nano(instant)
+        except OverflowError:
+            raise _Fault(*_NO_YEAR) from None
+        for name in NUMBERS:
             if (value := _present(row.get(name))) is not None:
                 quote[name] = value
-        for name in _SIZES:
-            if (value := _whole(row.get(name), name)) is not None:
-                quote[name] = value
-        if source := self._source or row.get("source"):
-            quote["source"] = source
-        return quote, moment
+        for name in TEXTS:
+            if text := (self._source if name == "source" else None) or row.get(name):
+                quote[name] = text
+        return quote
 
-    def _instant(self, value: object) -> datetime:
-        whole_day = False
-        if isinstance(value, str):
-            text = value.strip()
-            value, whole_day = _parse(text), len(text) <= _LONG_DATE
-        if isinstance(value, date) and not isinstance(value, datetime):
-            value, whole_day = datetime.combine(value, clock_time()), True
-        if value is None:
+    def _instant(self, value: object) -> int:
+        if isinstance(value, Nanoseconds):
+            return value
+        local = _read(value)
+        if local is None:
             raise _Fault("field-missing", "The timestamp is missing.")
-        if not isinstance(value, datetime):
-            raise _Fault("timestamp-invalid", "A timestamp is a date and time; the unit of a number would be a guess.")
-        if value.tzinfo is None:
+        moment = local.moment
+        if moment.tzinfo is None:
             if self._zone is None:
                 raise _Fault("timestamp-naive", "The timestamp has no offset; --tz names its time zone.")
-            value = value.replace(tzinfo=self._zone)
+            moment = moment.replace(tzinfo=self._zone)
             # Taking either reading of a repeated hour would let one of two rows overwrite the other.
-            if not whole_day and value.utcoffset() != value.replace(fold=1).utcoffset():
+            if not local.whole_day and moment.utcoffset() != moment.replace(fold=1).utcoffset():
                 raise _Fault("timestamp-ambiguous", "The clock change lets this local time occur twice or not at all.")
+        return nanoseconds(moment) + local.nanos
+
+
+class _Local(NamedTuple):
+    """A date and time, naive or not, the nanoseconds after its microsecond, and whether it stands for a whole day."""
+
+    moment: datetime
+    nanos: int = 0
+    whole_day: bool = False
+
+
+class _WallClock(int):
+    """What a clock without a zone shows, in nanoseconds since it showed 1970-01-01T00:00."""
+
+    def __str__(self) -> str:
         try:
-            return value.astimezone(UTC)
+            return rfc3339_nano(self).removesuffix("Z")
         except OverflowError:
-            raise _Fault("timestamp-invalid", "The timestamp lies outside the years 1 to 9999.") from None
+            return repr(int(self))
 
 
-def _parse(text: str) -> datetime | None:
+def _read(value: object) -> _Local | None:
+    """The date and time that a value of a file is, None if it is none.
+
+    Raises:
+        _Fault: it is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _parse(value.strip())
+    if isinstance(value, _WallClock):
+        try:
+            return _Local(EPOCH.replace(tzinfo=None) + timedelta(microseconds=value // 1000), value % 1000)
+        except OverflowError:
+            raise _Fault(*_NO_YEAR) from None
+    if isinstance(value, datetime):
+        return _Local(value)
+    if isinstance(value, date):
+        return _Local(datetime.combine(value, clock_time()), whole_day=True)
+    raise _Fault("timestamp-invalid", "A timestamp is a date and time; the unit of a number would be a guess.")
+
+
+def _parse(text: str) -> _Local | None:
     if not text or text.lower() == "nat":
         return None
+    whole_day = len(text) <= _LONG_DATE
     if text.endswith(" UTC"):
         text = text[:-4] + "Z"
+    nanos = 0
+    if (finer := _FINER.search(text)) is not None:
+        if finer[0][3:].strip("0"):
+            raise _Fault("timestamp-too-fine", "A timestamp has at most nine digits of fraction.")
+        nanos = int(finer[0][:3].ljust(3, "0"))
+        text = text[: finer.start()] + text[finer.end() :]
+    # Some Unix times would read as compact dates and times.
+    if not text.isdecimal() or len(text) == _COMPACT_DATE:
+        with suppress(ValueError):
+            return _Local(datetime.fromisoformat(text), nanos, whole_day)
     try:
-        # Some Unix times would read as compact dates and times.
-        return datetime.fromisoformat("" if text.isdecimal() and len(text) != _COMPACT_DATE else text)
-    except ValueError:
-        raise _Fault("timestamp-invalid", "A timestamp is ISO 8601, as in 2026-11-20T14:30:00Z.") from None
+        parse(text)
+    except NotAnInstant as error:
+        if error.code == "timestamp-leap-second":
+            raise _Fault(error.code, error.detail) from None
+    raise _Fault("timestamp-invalid", "A timestamp is ISO 8601, as in 2026-11-20T14:30:00Z.")
 
 
 def _present(value: Any) -> Any:
@@ -260,24 +329,6 @@ def _present(value: Any) -> Any:
         value = value.strip()
         return None if value.lower() in _ABSENT else value
     return value
-
-
-def _whole(value: Any, name: str) -> Any:
-    """A size as a whole number; what is no number at all is left to the service to refuse."""
-    value = _present(value)
-    if not isinstance(value, str):
-        return value
-    if len(value) < _INT64_DIGITS and value.isdecimal():
-        return int(value)
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return value
-    if not number.is_finite() or number.adjusted() > _INT64_DIGITS:
-        return value
-    if number != number.to_integral_value():
-        raise _Fault("not-whole", f"The {name} is not a whole number; --map {name}= leaves it out.")
-    return int(number)
 
 
 @dataclass(slots=True)
@@ -382,14 +433,175 @@ def _values(column: Any) -> list[Any]:
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         column = column.cast(pa.string())
     elif pa.types.is_timestamp(kind):
-        column = column.cast(pa.timestamp("us", kind.tz and "UTC"), safe=False)
+        counts = column.cast(pa.int64()).to_pylist()
+        instant: type[int] = Nanoseconds if kind.tz else _WallClock
+        return [None if count is None else instant(count * UNITS[kind.unit]) for count in counts]
     values: list[Any] = column.to_pylist()
     return values
 
 
+# --- ties ---
+
+
+class _Order:
+    """Which way the rows of one symbol run, and which of them get another instant than they have.
+
+    Where they run forward nothing is kept, since the next instant follows from the last one. Where they run backward,
+    and each tie has room before the next later instant, `moved` has the places of the rows that get another one,
+    counted among the rows of the symbol, and `numbers` what they get: 16 bytes each. Of all others that is not `known`
+    until their `instants` are collected, 8 bytes a row, and some 50 while they are sorted.
+    """
+
+    __slots__ = ("_before", "_last", "_rows", "_run", "instants", "known", "moved", "numbers", "steps")
+
+    def __init__(self) -> None:
+        #: Later instants less earlier ones, each compared with the row before.
+        self.steps = 0
+        self.known = True
+        self.moved = array("q")
+        self.numbers = array("q")
+        self.instants = array("q")
+        self._rows = self._run = 0
+        self._last: int | None = None
+        self._before: int | None = None
+
+    def see(self, instant: int) -> None:
+        """Take note of the next row."""
+        last = self._last
+        if instant == last:
+            self._run += 1
+        else:
+            if last is not None:
+                self.close()
+                step = 1 if instant > last else -1
+                if self.steps * step < 0:
+                    self._give_up()
+                self.steps += step
+            self._before, self._last, self._run = last, instant, 1
+        self._rows += 1
+
+    def close(self) -> None:
+        """Take note that a run of equal instants has ended."""
+        run, last = self._run, self._last
+        if run == 1 or last is None or not self.known or self.steps > 0:
+            return
+        if self._before is not None and last + run > self._before:
+            self._give_up()
+            return
+        self.moved.extend(range(self._rows - run, self._rows - 1))
+        self.numbers.extend(range(last + run - 1, last, -1))
+
+    def _give_up(self) -> None:
+        self.known = False
+        self.moved, self.numbers = array("q"), array("q")
+
+    def settle(self, *, backward: bool) -> None:
+        """Number all rows at once by their time; those of one instant as the file has them, or `backward`."""
+        given = pa.Array.from_buffers(pa.int64(), len(self.instants), [None, pa.py_buffer(self.instants)])
+        self.instants = array("q")
+        places = pa.arange(0, len(given))
+        if backward:
+            places = pc.subtract(len(given) - 1, places)
+        places = places.take(pc.array_sort_indices(given.take(places)))  # a stable sort
+        given = given.take(places)
+        # Each at least one later than the one before it: an instant less its rank never falls.
+        ranks = pa.arange(0, len(given))
+        numbers = pc.add(pc.cumulative_max(pc.subtract(given, ranks)), ranks)
+        moved = pc.not_equal(numbers, given)
+        places, numbers = places.filter(moved), numbers.filter(moved)
+        in_file = pc.array_sort_indices(places)
+        self.moved = _in_array(places.take(in_file))
+        self.numbers = _in_array(numbers.take(in_file))
+
+
+def _in_array(values: pa.Array) -> "array[int]":
+    found = array("q")
+    found.frombytes(memoryview(values.buffers()[1])[: 8 * len(values)] if len(values) else b"")
+    return found
+
+
+class _Numbers:
+    """Moves rows of one symbol and instant on to nanoseconds of their own, as if the file ran forward.
+
+    All rows are seen before the first of them is numbered. A symbol runs the way that most of its steps go; one with a
+    single instant, as the others do.
+    """
+
+    def __init__(self) -> None:
+        self._orders: dict[str, _Order] = {}
+        self._steps = 0
+        self._of_symbol: dict[str, Generator[int, int, None]] = {}
+
+    def see(self, symbol: str, instant: int) -> None:
+        """Take note of the next row of the file."""
+        order = self._orders.get(symbol)
+        if order is None:
+            order = self._orders[symbol] = _Order()
+        order.see(instant)
+
+    def end(self) -> bool:
+        """Take note that the file has ended; whether that will do, or all its rows have to be collected."""
+        for order in self._orders.values():
+            order.close()
+            self._steps += order.steps
+        return all(order.known for order in self._orders.values())
+
+    def collect(self, symbol: str, instant: int) -> None:
+        """Keep the next row of the file where its symbol needs that."""
+        order = self._orders.get(symbol)
+        if order is not None and not order.known:
+            order.instants.append(instant)
+
+    def settle(self) -> None:
+        """Take note that all rows were collected."""
+        for order in self._orders.values():
+            if not order.known:
+                order.settle(backward=(order.steps or self._steps) < 0)
+
+    def __call__(self, symbol: str, instant: int) -> int:
+        """The instant that the next row of the file gets."""
+        numbers = self._of_symbol.get(symbol)
+        if numbers is None:
+            numbers = self._of_symbol[symbol] = self._numbers(self._orders.get(symbol))
+            next(numbers)
+        return numbers.send(instant)
+
+    def _numbers(self, order: _Order | None) -> Generator[int, int, None]:
+        if order is None or (order.known and (order.steps or self._steps) >= 0):
+            return _forward()
+        return _as_listed(order)
+
+
+def _forward() -> Generator[int, int, None]:
+    given = yield 0
+    last = given
+    while True:
+        given = yield last
+        last = max(given, last + 1)
+
+
+def _as_listed(order: _Order) -> Generator[int, int, None]:
+    upcoming = iter(zip(order.moved, order.numbers, strict=True))
+    moved, number = next(upcoming, (-1, 0))
+    given = yield 0
+    for row in count():
+        if row == moved:
+            given = number
+            moved, number = next(upcoming, (-1, 0))
+        given = yield given
+
+
+def _name(symbol: Any) -> str:
+    """What tells symbols apart, as the service does."""
+    return (normal(symbol) if isinstance(symbol, str) else None) or str(symbol)
+
+
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive rows of the file up to row `end`: the lines to send, the row of each, and what was refused here."""
+    """Consecutive rows of the file up to row `end`: the lines to send, the row of each, and what was refused here.
+
+    `numbered` has the positions of the lines whose instant was moved.
+    """
 
     end: int = 0
     position: int = 0
@@ -398,22 +610,22 @@ class Chunk:
     refused: list[tuple[int, bytes]] = field(default_factory=list)
     days: set[int] = field(default_factory=set)
     size: int = 0
-    spans: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
+    numbered: set[int] = field(default_factory=set)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def takes(self, line: bytes, moment: datetime) -> bool:
+    def takes(self, line: bytes, instant: int) -> bool:
         """Whether one more quote keeps the service's limits of days and bytes."""
-        known_day = len(self.days) < MAX_DAYS or moment.toordinal() in self.days
+        known_day = len(self.days) < MAX_DAYS or instant // _DAY in self.days
         return known_day and self.size + len(line) < MAX_BYTES
 
-    def add(self, row: int, line: bytes, symbol: Any, moment: datetime) -> None:
+    def add(self, row: int, line: bytes, name: str, instant: int) -> None:
         """Take one more quote."""
         self.rows.append(row)
         self.lines.append(line)
-        self.days.add(moment.toordinal())
+        self.days.add(instant // _DAY)
         self.size += len(line) + 1
-        key = str(symbol).upper()
-        first, last = self.spans.get(key, (moment, moment))
-        self.spans[key] = (min(first, moment), max(last, moment))
+        first, last = self.spans.get(name, (instant, instant))
+        self.spans[name] = (min(first, instant), max(last, instant))
 
     def overlaps(self, other: "Chunk") -> bool:
         """Whether both may hold the same key. Sent at once, either could overwrite the other."""
@@ -424,9 +636,11 @@ class Chunk:
         )
 
 
-def chunks(source: _Source, converter: Converter, *, size: int, skip: int = 0) -> Iterator[Chunk]:
+def chunks(
+    source: _Source, converter: Converter, *, size: int, skip: int = 0, numbers: _Numbers | None = None
+) -> Iterator[Chunk]:
     """Cut the rows after the first `skip` into requests that keep the service's limits of rows, days and bytes."""
-    chunk, encode = Chunk(), msgspec.json.Encoder(enc_hook=str).encode
+    chunk, encode = Chunk(end=skip), msgspec.json.Encoder(enc_hook=str).encode
 
     def cut() -> Chunk:
         nonlocal chunk
@@ -434,30 +648,55 @@ def chunks(source: _Source, converter: Converter, *, size: int, skip: int = 0) -
         full.position = source.position()
         return full
 
-    row = 0
-    for row, raw in enumerate(source.rows, 1):
-        if row <= skip:
-            if row % _SKIP == 0:
-                yield Chunk(end=row, position=source.position())
-            continue
-        values: Mapping[str, Any] = {}
+    yield from _passed_over(source, converter, numbers, skip)
+    for row, raw in enumerate(source.rows, skip + 1):
         try:
-            values = source.shape(raw)
-            quote, moment = converter.quote(values)
+            values, symbol, given, instant = _placed(source, converter, numbers, raw)
+            line = encode(converter.quote(values, symbol, instant))
         except _Fault as fault:
-            shown = values or {"line": raw.decode("utf-8", "replace").strip() if isinstance(raw, bytes) else raw}
-            chunk.refused.append((row, _rejection(row, fault.code, fault.detail, encode(shown))))
+            chunk.refused.append((row, _rejection(row, fault.code, fault.detail, encode(_shown(source, raw)))))
         else:
-            line = encode(quote)
-            if not chunk.takes(line, moment):
+            if not chunk.takes(line, instant):
                 yield cut()
-            chunk.add(row, line, quote.get("symbol"), moment)
+            if instant != given:
+                chunk.numbered.add(len(chunk.lines))
+            chunk.add(row, line, _name(symbol), instant)
         chunk.end = row
         if len(chunk.lines) + len(chunk.refused) >= size:
             yield cut()
-    if row < skip:
-        raise _Unreadable(f"the file has {row} rows, but {skip} were loaded before")
     yield cut()
+
+
+def _passed_over(source: _Source, converter: Converter, numbers: _Numbers | None, count: int) -> Iterator[Chunk]:
+    """Pass over the first rows, from which the numbers of those after them follow."""
+    row = 0
+    for row, raw in enumerate(islice(source.rows, count), 1):
+        if numbers is not None:
+            with suppress(_Fault):
+                _placed(source, converter, numbers, raw)
+        if row % _SKIP == 0:
+            yield Chunk(end=row, position=source.position())
+    if row < count:
+        raise _Unreadable(f"the file has {row} rows, but {count} were loaded before")
+
+
+def _placed(
+    source: _Source, converter: Converter, numbers: _Numbers | None, raw: Any
+) -> tuple[Mapping[str, Any], Any, int, int]:
+    """The values of a row, its symbol, its instant, and the instant that it gets."""
+    values = source.shape(raw)
+    symbol, given = converter.place(values)
+    if numbers is None or not _FIRST <= given <= _LAST:
+        return values, symbol, given, given
+    return values, symbol, given, numbers(_name(symbol), given)
+
+
+def _shown(source: _Source, raw: Any) -> Mapping[str, Any]:
+    """A row for the reject file: its values, or where it has no shape, what stands in its place."""
+    try:
+        return source.shape(raw)
+    except _Fault:
+        return {"line": raw.decode("utf-8", "replace").strip() if isinstance(raw, bytes) else raw}
 
 
 def _rejection(row: int, code: str, detail: str, quote: bytes) -> bytes:
@@ -521,6 +760,7 @@ class _Journal:
         self.state.rows = chunk.end
         self.state.totals.add(receipt)
         self.state.totals.rejected += len(chunk.refused)
+        self.state.totals.numbered += len(chunk.numbered.difference(r.index for r in receipt.rejected))
         self._save()
 
     def complete(self) -> None:
@@ -598,7 +838,8 @@ class _Loader:
             converter = Converter(symbol=symbol, tz=options.tz, source=options.source)
             journal.open()
             bar = self._progress.add_task(path.name, total=source.total, rows=state.rows, rate=0.0)
-            requests = chunks(source, converter, size=options.batch_size, skip=state.rows)
+            numbers = await self._numbers(path, kind, converter) if options.ties == "number" else None
+            requests = chunks(source, converter, size=options.batch_size, skip=state.rows, numbers=numbers)
             try:
                 await self._send(requests, journal, report, bar)
             finally:
@@ -610,14 +851,44 @@ class _Loader:
         self._progress.update(bar, completed=source.total)
         report.status = "loaded"
 
+    async def _numbers(self, path: Path, kind: FileFormat, converter: Converter) -> _Numbers:
+        """What tells the rows of the file apart that have one symbol and instant."""
+        numbers = _Numbers()
+        await self._look(path, kind, converter, numbers.see)
+        if not numbers.end():
+            await self._look(path, kind, converter, numbers.collect)
+            numbers.settle()
+        return numbers
+
+    async def _look(self, path: Path, kind: FileFormat, converter: Converter, note: Callable[[str, int], None]) -> None:
+        """Read the file without sending anything, and note the symbol and instant of each row that has them."""
+        with ExitStack() as stack:
+            source = _open(path, kind, self._options.columns, stack)
+            bar = self._progress.add_task(f"{path.name}: order of rows", total=source.total, rows=0, rate=0.0)
+            began = time.monotonic()
+            for row, raw in enumerate(source.rows, 1):
+                try:
+                    symbol, instant = converter.place(source.shape(raw))
+                except _Fault:
+                    pass  # named when it comes to it
+                else:
+                    if _FIRST <= instant <= _LAST:
+                        note(_name(symbol), instant)
+                if row % _LOOK == 0:
+                    rate = row / (time.monotonic() - began)
+                    self._progress.update(bar, completed=source.position(), rows=row, rate=rate)
+                    await asyncio.sleep(0)
+            self._progress.remove_task(bar)
+
     async def _send(self, requests: Iterator[Chunk], journal: _Journal, report: FileReport, bar: TaskID) -> None:
         began = time.monotonic()
 
         async def send(chunk: Chunk) -> Receipt:
             if not chunk.lines:
-                return Receipt(0, 0, 0, 0, 0, 0, 0, [])
+                return Receipt(0, 0)
+            options = self._options
             return await self._client.send(
-                chunk.lines, on_conflict=self._options.on_conflict, on_error="skip", exact=True
+                chunk.lines, on_conflict=options.on_conflict, on_error="skip", prices=options.prices, exact=True
             )
 
         async with aclosing(in_order(requests, send, clash=Chunk.overlaps)) as answers:
@@ -632,7 +903,8 @@ def _meaning(options: LoadOptions, kind: FileFormat) -> dict[str, Any]:
     """The options that change what is stored, or where."""
     return {
         "url": options.url, "format": kind, "symbol": options.symbol, "tz": options.tz, "source": options.source,
-        "on_conflict": options.on_conflict, "columns": dict(sorted(options.columns.items())),
+        "on_conflict": options.on_conflict, "ties": options.ties, "prices": options.prices,
+        "columns": dict(sorted(options.columns.items())),
     }  # fmt: skip
 
 
@@ -698,13 +970,17 @@ async def run(options: LoadOptions, *, transport: httpx.AsyncBaseTransport | Non
 def _show(report: LoadReport) -> None:
     counts = [{"rows": file.rows} | msgspec.to_builtins(file.totals) for file in report.files]
     shown = ["rows", "inserted", "updated", "unchanged", "rejected"]
-    shown += [name for name in ("superseded", "rounded", "crossed") if any(count[name] for count in counts)]
+    shown += [
+        name
+        for name in ("superseded", "numbered", "rounded", "zeros", "crossed")
+        if any(count[name] for count in counts)
+    ]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("file", overflow="fold")
     for name in (*shown, "seconds", "rows/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    for file, count in zip(report.files, counts, strict=True):
-        numbers = [f"{count[column]:,}" for column in shown]
+    for file, counted in zip(report.files, counts, strict=True):
+        numbers = [f"{counted[column]:,}" for column in shown]
         table.add_row(Path(file.file).name, *numbers, f"{file.seconds:,.1f}", f"{file.rows_per_second:,}")
     console = Console(highlight=False, markup=False)
     console.print(table)

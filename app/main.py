@@ -26,8 +26,8 @@ from app.db.migrate import head, migrate
 from app.db.replicas import database_of
 from app.errors import QuotesError
 from app.health import Health
-from app.model import Quote
 from app.monitor import Monitor
+from app.quote.model import Quote
 from app.repository.quotes import QuoteRepository
 from app.repository.storage import StorageRepository
 from app.repository.system import SystemRepository

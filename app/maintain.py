@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from app.api.storage import report
+from app.clock import rfc3339
 from app.db import embedded
 from app.db.capability import Level
 from app.db.engine import Database
 from app.errors import DatabaseUnavailable, StartupError
-from app.model import rfc3339
 from app.repository.maintenance import Change, MaintenanceRepository
 from app.repository.storage import Chunk, StorageRepository
 from app.settings import Settings
@@ -331,7 +331,7 @@ async def _delete_rows(repository: MaintenanceRepository, now: datetime, *, dry_
         rows = await repository.expired_rows(now)
     else:
         with remarks.status("delete") as status:
-            while deleted := await repository.delete(now):
+            async for deleted in repository.delete(now):
                 rows += deleted
                 status.update(f"delete: {rows:,} quotes")
     return [{"table": "quotes.real_time", "quotes": rows}] if rows else []

@@ -118,6 +118,10 @@ class Settings(BaseSettings):
         "Unset: unknown, but of the embedded PostgreSQL what is free on its volume.",
     )
 
+    prices: Literal["positive", "signed"] = Field(
+        default="positive",
+        description="`positive`: a price of 0 is an absent side, one below refused. `signed`: both are stored.",
+    )
     max_body_bytes: int = Field(default=64 * MIB, ge=1024, description="Largest request body in bytes.")
     max_batch_rows: int = Field(default=100_000, ge=1, description="Most quotes in one request.")
     max_batch_days: int = Field(

@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanContext, Tracer
 
 from app import metrics, traces
 from app.errors import IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
-from app.model import Receipt
+from app.quote.terms import Receipt
 from app.repository.ingest import Write
 from app.settings import Settings
 

@@ -1,8 +1,8 @@
 """What one would write in an afternoon: FastAPI, pydantic models, SQLAlchemy's session.
 
-The baseline of the ingest benchmark, no part of the product. It stores the columns of `quotes.real_time`, with its key
-and its index, in a plain table of a schema of its own. It checks the types, and nothing else: no times, no duplicates,
-no newest quote of a symbol.
+The baseline of the ingest benchmark, no part of the product. It stores the fields of a quote, in types that the quotes
+of the benchmark fit into, in a plain table of a schema of its own with the key and the index that come to mind. It
+checks the types, and nothing else: no times, no duplicates, no newest quote of a symbol.
 """
 
 import os

@@ -29,8 +29,9 @@ from urllib.parse import urlencode
 import asyncpg
 import typer
 
+from app.clock import nanoseconds, rfc3339
 from app.db.engine import Connection, Database
-from app.model import FIELDS, rfc3339
+from app.quote.fields import NAMES
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
 from app.settings import Settings
@@ -59,7 +60,7 @@ RANGE_ROWS: Final = 600
 RANGE_SPAN_ROWS: Final = 900
 #: A statement that takes long is called less often.
 TURN_SECONDS: Final = 3.0
-COLUMNS: Final = ", ".join(FIELDS)
+COLUMNS: Final = ", ".join(NAMES)
 
 READS: Final = (
     "Reads, one at a time: `HTTP` on a kept connection, body unparsed; `repository` is the same call without HTTP;"
@@ -154,11 +155,13 @@ class Bench:
         ranges = []
         for _ in range(self.options.reads):
             start = self._history + random.random() * (HISTORY_SPAN - window)
-            ranges.append(Range([random.choice(SYMBOLS)], start, start + window, RANGE_ROWS))
+            ranges.append((random.choice(SYMBOLS), start, start + window))
         names = [random.choice(SYMBOLS) for _ in ranges]
 
         async def page(i: int) -> str:
-            return (await repository.quotes_page(ranges[i])).rows
+            symbol, start, end = ranges[i]
+            page = await repository.quotes_page(Range([symbol], nanoseconds(start), nanoseconds(end), RANGE_ROWS))
+            return ",".join(page.rows)
 
         async def latest(i: int) -> str:
             return (await repository.latest_rows([names[i]]))[0]
@@ -171,20 +174,13 @@ class Bench:
                 f"Range of {RANGE_ROWS} quotes of one symbol",
                 [
                     "/v1/quotes?"
-                    + urlencode(
-                        {
-                            "symbols": wanted.symbols[0],
-                            "start": rfc3339(wanted.start),
-                            "end": rfc3339(wanted.end),
-                            "limit": wanted.limit,
-                        }
-                    )
-                    for wanted in ranges
+                    + urlencode({"symbols": symbol, "start": rfc3339(start), "end": rfc3339(end), "limit": RANGE_ROWS})
+                    for symbol, start, end in ranges
                 ],
                 page,
                 f"SELECT {COLUMNS} FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
                 f" ORDER BY timestamp LIMIT {RANGE_ROWS}",
-                [(wanted.symbols[0], wanted.start, wanted.end) for wanted in ranges],
+                ranges,
                 RANGE_ROWS,
             ),
             Case(
@@ -317,7 +313,7 @@ def _parse(text: str) -> Any:
 
 
 def _row(quote: dict[str, Any]) -> tuple[Any, ...]:
-    return quote["symbol"], datetime.fromisoformat(quote["timestamp"]), *(quote[name] for name in FIELDS[2:])
+    return quote["symbol"], datetime.fromisoformat(quote["timestamp"]), *(quote[name] for name in NAMES[2:])
 
 
 async def _timed(call: Callable[[int], Awaitable[object]], calls: int) -> list[float]:

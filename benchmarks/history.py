@@ -16,10 +16,10 @@ from typing import Annotated, Final
 
 import typer
 
+from app.clock import Interval, nanoseconds
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
-from app.model import Interval
 from app.repository.bars import BarSpec
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Range
@@ -40,11 +40,13 @@ Read = Callable[[QuoteRepository, str, datetime], Awaitable[Page]]
 
 
 async def _range(quotes: QuoteRepository, symbol: str, at: datetime) -> Page:
-    return await quotes.quotes_page(Range([symbol], at, at + 600 * STEP, limit=600))
+    return await quotes.quotes_page(Range([symbol], nanoseconds(at), nanoseconds(at + 600 * STEP), limit=600))
 
 
 async def _bars(quotes: QuoteRepository, symbol: str, at: datetime) -> Page:
-    return await quotes.bars_page(Range([symbol], at, at + timedelta(days=5)), BarSpec(Interval(1, "h")))
+    wanted = Range([symbol], nanoseconds(at), nanoseconds(at + timedelta(days=5)))
+    found, _ = await quotes.bars_page(wanted, BarSpec(Interval(1, "h")))
+    return found
 
 
 READS: Final[dict[str, Read]] = {"range of 600": _range, "bars of 5 days by 1h": _bars}
@@ -93,7 +95,7 @@ async def measure(url: str, sizes: list[int], rounds: int, calls: int) -> None:
                         before = time.perf_counter()
                         found = await read(quotes, symbol, at)
                         times[rows].append(1000 * (time.perf_counter() - before))
-                        assert found.count >= 100
+                        assert len(found.rows) >= 100
                 if turn:  # the first one fills caches
                     for rows in sizes:
                         p50[rows].append(statistics.median(times[rows]))

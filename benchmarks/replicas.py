@@ -23,12 +23,12 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
-from app.batch import Batch
 from app.db.embedded import _Cluster
 from app.db.migrate import migrate
 from app.db.replicas import ReplicatedDatabase
 from app.errors import QuotesError
-from app.model import Receipt, Terms
+from app.quote.batch import Batch
+from app.quote.terms import Receipt, Terms
 from app.repository.ingest import Write
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import asyncpg
 import numpy as np
@@ -34,7 +34,7 @@ from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.migrate import migrate
 from app.errors import QuotesError
-from app.model import SCHEMA
+from app.quote.fields import COLUMNS, DECIMAL, INSTANT, KEY, NAMES, PRECISION, PRICES, SCALE, SIZES
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
 from benchmarks.side_by_side import BenchmarkError, Sheet, command, machine
@@ -43,7 +43,6 @@ from tests.pglite_lane import LaneUnavailable, timescaledb_server
 
 SESSION: Final = 23_400  # seconds of 6.5 hours
 FIRST_DAY: Final = datetime(2026, 1, 5, 14, 30, tzinfo=UTC)
-TICK: Final = 1_000_000  # of a price in units of 1e-8
 SOURCES: Final = ("alpaca", "yfinance", "polygon")
 LATE: Final = (
     "Unchanged, upsert and backfill are 5,000 quotes of one day through the repository, in one transaction; "
@@ -96,24 +95,34 @@ class Market:
         batch = pa.RecordBatch.from_arrays(
             [
                 pa.array([f"SYM{number:03}"] * rows),
-                pa.array(at).cast(pa.timestamp("us", "UTC")),
-                _decimal(price),
-                _decimal(bid),
-                _decimal(bid + spread),
-                pa.array(100 * np.minimum(rng.geometric(0.3, rows), 50)),
-                pa.array(100 * np.minimum(rng.geometric(0.3, rows), 50)),
-                pa.array(np.where(rng.random(rows) < 0.5, 100 * rng.geometric(0.5, rows), rng.integers(1, 100, rows))),
+                pa.array(at).cast(INSTANT),
+                pa.repeat(pa.scalar(0, pa.int16()), rows),
+                _price(price),
+                _price(bid),
+                _price(bid + spread),
+                _whole(100 * np.minimum(rng.geometric(0.3, rows), 50)),
+                _whole(100 * np.minimum(rng.geometric(0.3, rows), 50)),
+                _whole(np.where(rng.random(rows) < 0.5, 100 * rng.geometric(0.5, rows), rng.integers(1, 100, rows))),
                 pa.array([SOURCES[number % len(SOURCES)]] * rows),
             ],
-            schema=SCHEMA,
+            schema=COLUMNS,
         )
         return batch, int(price[-1])
 
 
-def _decimal(ticks: Any) -> pa.Array:
-    return pc.multiply(pa.array(ticks).cast(pa.decimal128(20, 0)), pa.scalar(Decimal("0.01"))).cast(
-        pa.decimal128(20, 8)
-    )
+def _whole(numbers: Any) -> pa.Array:
+    return pa.array(numbers).cast(pa.decimal128(38, SCALE)).cast(DECIMAL)
+
+
+def _price(cents: Any) -> pa.Array:
+    return pc.multiply(pa.array(cents).cast(pa.decimal128(20, 0)), pa.scalar(Decimal("0.01"))).cast(DECIMAL)
+
+
+#: Indexes by time: that of the migration, and the one that an application of an afternoon would have.
+_BRIN: Final = "USING brin (timestamp) WITH (pages_per_range = 512, autosummarize = on)"
+_BTREE: Final = "(timestamp DESC)"
+#: The first release for which the migration names the sparse index.
+_NAMES_SPARSE: Final = (2, 26)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,43 +133,33 @@ class Variant:
     select: dict[str, str]
     types: dict[str, str]
     order: str = "timestamp"
-    orderby: str = "timestamp DESC"
+    orderby: str = "timestamp DESC, nanos DESC"
     chunk: str = "1 day"
-    options: str = ""
-    time_index: bool = True
+    #: Which sparse indexes; by themselves releases from 2.26 on add a bloom filter over the key.
+    sparse: Literal["as migrated", "by default", "none"] = "as migrated"
+    time_index: str = _BRIN
 
 
 _TYPES: Final = {
     "symbol": 'text COLLATE "C"',
     "timestamp": "timestamptz",
+    "nanos": "smallint",
     "source": "text",
-    **dict.fromkeys(("price", "bid", "ask"), "numeric(20,8)"),
-    **dict.fromkeys(("bid_size", "ask_size", "volume"), "bigint"),
+    **dict.fromkeys((*PRICES, *SIZES), f"numeric({PRECISION},{SCALE})"),
 }
-_ALL: Final = Variant("", {name: name for name in SCHEMA.names}, _TYPES)
+_ALL: Final = Variant("", {name: name for name in COLUMNS.names}, _TYPES)
 
 
 def _without(*names: str) -> Variant:
-    return replace(_ALL, name=f"without {', '.join(names)}", select={n: n for n in SCHEMA.names if n not in names})
+    return replace(_ALL, name=f"without {', '.join(names)}", select={n: n for n in COLUMNS.names if n not in names})
 
 
-def _as(name: str, **expressions: str) -> Variant:
-    return replace(_ALL, name=name, select=_ALL.select | expressions)
-
-
-def _double() -> Variant:
-    return replace(
-        _ALL, name="prices as double precision", types=_TYPES | dict.fromkeys(("price", "bid", "ask"), "float8")
-    )
-
-
-def _scaled() -> Variant:
-    prices = ("price", "bid", "ask")
+def _as(name: str, kind: str, columns: Sequence[str], expression: str = "{}") -> Variant:
     return replace(
         _ALL,
-        name="prices as bigint ticks",
-        types=_TYPES | dict.fromkeys(prices, "bigint"),
-        select=_ALL.select | {name: f"({name} * 100)::bigint" for name in prices},
+        name=name,
+        types=_TYPES | dict.fromkeys(columns, kind),
+        select=_ALL.select | {column: f"{expression.format(column)}::{kind}" for column in columns},
     )
 
 
@@ -170,14 +169,18 @@ VARIANTS: Final = (
     _without("volume"),
     _without("source"),
     _without("bid", "ask", "bid_size", "ask_size"),
-    _as("millisecond timestamps", timestamp="date_trunc('milliseconds', timestamp)"),
-    _double(),
-    _scaled(),
+    replace(_without("nanos"), orderby="timestamp DESC"),
+    _as("millisecond timestamps", "timestamptz", ["timestamp"], "date_trunc('milliseconds', {})"),
+    _as("prices as double precision", "float8", PRICES),
+    _as("prices as bigint ticks", "bigint", PRICES, "({} * 100)"),
+    _as("sizes as bigint", "bigint", SIZES),
     replace(_ALL, name="loaded symbol by symbol", order="symbol, timestamp"),
-    replace(_ALL, name="ordered by timestamp ASC", orderby="timestamp ASC"),
+    replace(_ALL, name="ordered by time ASC", orderby="timestamp ASC, nanos ASC"),
     replace(_ALL, name="chunks of 7 days", chunk="7 days"),
-    replace(_ALL, name="without idx_timestamp_desc", time_index=False),
-    replace(_ALL, name="sparse indexes off", options=", timescaledb.index = ''"),
+    replace(_ALL, name="without idx_timestamp", time_index=""),
+    replace(_ALL, name="a B-tree as idx_timestamp", time_index=_BTREE),
+    replace(_ALL, name="sparse indexes by default", sparse="by default"),
+    replace(_ALL, name="sparse indexes off", sparse="none"),
 )
 
 
@@ -209,14 +212,14 @@ async def load(connection: Connection, market: Market) -> int:
     for batch in market.generate():
 
         async def encoded(batch: pa.RecordBatch = batch) -> Any:
-            encoder = ArrowToPostgresBinaryEncoder(SCHEMA)
+            encoder = ArrowToPostgresBinaryEncoder(COLUMNS)
             yield encoder.write_header()
             for part in range(0, len(batch), 20_000):
                 yield encoder.write_batch(batch.slice(part, 20_000))
             yield encoder.finish()
 
         await connection.copy_to_table(
-            "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=encoded()
+            "real_time", schema_name="quotes", columns=COLUMNS.names, format="binary", source=encoded()
         )
         rows += len(batch)
     return rows
@@ -230,20 +233,25 @@ async def compress(connection: Connection, table: str, rows: int) -> Size:
     return Size(rows, before, before_index, after, after_index)
 
 
-async def measure(connection: Connection, variant: Variant, rows: int) -> Size:
+async def measure(connection: Connection, variant: Variant, rows: int, timescaledb: str) -> Size:
     """Build a table of the variant from the stored quotes, compress it, drop it."""
-    columns = ", ".join(
-        f"{n} {variant.types[n]}{' NOT NULL' if n in {'symbol', 'timestamp', 'price'} else ''}" for n in variant.select
-    )
+    named = tuple(map(int, timescaledb.split(".")[:2])) >= _NAMES_SPARSE
+    options = {
+        "as migrated": """, timescaledb.sparse_index = 'minmax("timestamp")'""" if named else "",
+        "by default": "",
+        "none": ", timescaledb.index = ''",
+    }
+    columns = ", ".join(f"{n} {variant.types[n]}{' NOT NULL' if n in KEY else ''}" for n in variant.select)
+    key = ", ".join(name for name in KEY if name in variant.select)
     await connection.execute(f"""
-        CREATE TABLE public.variant ({columns}, PRIMARY KEY (symbol, timestamp));
+        CREATE TABLE public.variant ({columns}, PRIMARY KEY ({key}));
         SELECT create_hypertable('public.variant', by_range('timestamp', interval '{variant.chunk}'),
                                  create_default_indexes => false);""")
     if variant.time_index:
-        await connection.execute("CREATE INDEX ON public.variant (timestamp DESC)")
+        await connection.execute(f"CREATE INDEX ON public.variant {variant.time_index}")
     await connection.execute(f"""
         ALTER TABLE public.variant SET (timescaledb.enable_columnstore, timescaledb.segmentby = 'symbol',
-            timescaledb.orderby = '{variant.orderby}'{variant.options})""")
+            timescaledb.orderby = '{variant.orderby}'{options[variant.sparse]})""")
     # The last symbols of a day would else meet the first ones of the next in the order of the heap.
     await connection.execute(f"""
         INSERT INTO public.variant ({", ".join(variant.select)})
@@ -286,7 +294,7 @@ async def write_costs(repository: QuoteRepository, market: Market, rounds: int, 
             stored = await repository.get_quotes(names, start, start + timedelta(hours=5), limit=10**7)
             picked: list[dict[str, Any]] = []
             for name in names:
-                picked += [quote.to_dict() for quote in stored if quote.symbol == name][:each]
+                picked += [{n: getattr(quote, n) for n in NAMES} for quote in stored if quote.symbol == name][:each]
             changed = [quote | {"volume": quote["volume"] + 1 + turn} for quote in picked]
             fresh = [quote | {"timestamp": quote["timestamp"] + timedelta(microseconds=500_000)} for quote in picked]
             for what, batch in (("unchanged", picked), ("upsert", changed), ("backfill", fresh)):
@@ -361,7 +369,7 @@ async def run(url: str, market: Market, variants: Sequence[Variant], rounds: int
         sizes = {}
         for variant in variants:
             screen.print(f"compressing: {variant.name}")
-            sizes[variant.name] = await measure(connection, variant, rows)
+            sizes[variant.name] = await measure(connection, variant, rows, str(capability.timescaledb))
         if variants and market.arrivals == "clock":
             screen.print("compressing: Poisson arrivals")
             await connection.execute("TRUNCATE quotes.real_time")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from app.model import SCHEMA
+from app.quote.fields import INSTANT, NAMES, PRICES, SIZES
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,22 +32,32 @@ FORMATS: Final = {
     "Parquet": "application/vnd.apache.parquet",
     "line protocol": "text/plain",
 }
+#: Of the formats with columns: decimal prices and whole sizes, as feeds have them.
+_SCHEMA: Final = pa.schema(
+    [
+        ("symbol", pa.string()),
+        ("timestamp", INSTANT),
+        *((name, pa.decimal128(20, 8)) for name in PRICES),
+        *((name, pa.int64()) for name in SIZES),
+        ("source", pa.string()),
+    ]
+)
 #: Of the text formats: the line of a quote with `{at}` for its time, and what comes before, between and after lines.
-_MEMBERS: Final = ",".join(f'"{name}":{{{name}}}' for name in SCHEMA.names[2:8])
+_MEMBERS: Final = ",".join(f'"{name}":{{{name}}}' for name in (*PRICES, *SIZES))
 _OBJECT: Final = '{{"symbol":"{symbol}","timestamp":"{at}Z",' + _MEMBERS + ',"source":"feed"}}'
 _TEXT: Final = {
     "JSON": (_OBJECT, b'{"quotes":[', b",", b"]}"),
     "NDJSON": (_OBJECT, b"", b"\n", b"\n"),
     "CSV": (
-        "{symbol},{at}Z," + ",".join(f"{{{name}}}" for name in SCHEMA.names[2:8]) + ",feed",
-        ",".join(SCHEMA.names).encode() + b"\n",
+        "{symbol},{at}Z," + ",".join(f"{{{name}}}" for name in (*PRICES, *SIZES)) + ",feed",
+        ",".join(NAMES).encode() + b"\n",
         b"\n",
         b"\n",
     ),
     "line protocol": (
         "quotes,symbol={symbol} "
-        + ",".join(f"{name}={{{name}}}" for name in SCHEMA.names[2:5])
-        + "".join(f",{name}={{{name}}}i" for name in SCHEMA.names[5:8])
+        + ",".join(f"{name}={{{name}}}" for name in PRICES)
+        + "".join(f",{name}={{{name}}}i" for name in SIZES)
         + ',source="feed" {at}',
         b"",
         b"\n",
@@ -126,11 +136,11 @@ class Ticks:
 
     def _arrow(self, form: str, index: Ints, at: Ints) -> bytes:
         columns = [column.take(pa.array(index)) for column in self._columns()]
-        columns.insert(1, pa.array(at.view("M8[us]")).cast(SCHEMA.field("timestamp").type))
-        batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+        columns.insert(1, pa.array(at.view("M8[us]")).cast(INSTANT))
+        batch = pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
         sink = BytesIO()
         if form == "Arrow":
-            with pa.ipc.new_stream(sink, SCHEMA) as stream:
+            with pa.ipc.new_stream(sink, _SCHEMA) as stream:
                 stream.write_batch(batch)
         else:
             pq.write_table(pa.Table.from_batches([batch]), sink)
@@ -142,7 +152,7 @@ class Ticks:
         prices = [pc.multiply(pa.array(cents).cast(pa.decimal128(20, 0)), hundredth) for cents in self._cents.values()]
         return [
             pa.array(self._symbol),
-            *(column.cast(SCHEMA.field("price").type) for column in prices),
+            *(column.cast(_SCHEMA.field("price").type) for column in prices),
             *(pa.array(size) for size in self._sizes.values()),
             pa.array(["feed"] * self._rows),
         ]

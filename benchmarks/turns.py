@@ -17,7 +17,7 @@ from typing import Final, Literal
 import asyncpg
 
 from app.db.engine import Connection
-from app.model import FIELDS
+from app.quote.fields import NAMES
 from benchmarks.client import Sent, post, send_all, send_on_schedule
 from benchmarks.rivals import Door
 from benchmarks.side_by_side import BenchmarkError, Spread
@@ -117,7 +117,7 @@ class Turns:
         await self.settle()
         with self.metered(None) as used:
             began = time.perf_counter()
-            await asyncio.gather(*(copy_file(self._target, file, "quotes.real_time", FIELDS) for file in files))
+            await asyncio.gather(*(copy_file(self._target, file, "quotes.real_time", NAMES) for file in files))
             seconds = time.perf_counter() - began
         statement = "SELECT count(*) FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2"
         _equal(rows, await self._admin.fetchval(statement, start, end), "stored")

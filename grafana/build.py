@@ -643,19 +643,19 @@ OVERVIEW: Final = (
 _BARS: Final = """
 SELECT timestamp AS "time", open::float8, high::float8, low::float8, close::float8, volume::float8
 FROM quotes.ohlc_$interval
-WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp)
+WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp) AND count > 0
 ORDER BY timestamp
 LIMIT 20000
 """.strip()
 _VWAP: Final = """
-SELECT timestamp AS "time", (turnover / nullif(volume, 0))::float8 AS vwap, close::float8
+SELECT timestamp AS "time", (turnover / nullif(volume, 0))::float8 AS vwap, close::float8, mid_close::float8 AS mid
 FROM quotes.ohlc_$interval
 WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp)
 ORDER BY timestamp
 LIMIT 20000
 """.strip()
 _COUNTS: Final = """
-SELECT timestamp AS "time", count::float8 AS quotes
+SELECT timestamp AS "time", count::float8 AS trades, mid_count::float8 AS "quotes with both sides"
 FROM quotes.ohlc_$interval
 WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp)
 ORDER BY timestamp
@@ -677,12 +677,16 @@ MARKET: Final = (
         (
             Panel(
                 "$symbol, $interval",
-                "Straight from the rollups. Late quotes show after the next refresh; GET /v1/ohlc has them at once.",
+                "Trades, from the rollups. Late ones show after the next refresh; GET /v1/ohlc has them at once.",
                 [(_BARS, "")],
                 kind="candlestick", width=24, height=14, table=True,
             ),
-            Panel("Close and VWAP", "VWAP is turnover / volume of the bar.", [(_VWAP, "")], width=12, table=True),
-            Panel("Quotes in a bar", "How many made it.", [(_COUNTS, "")], width=12, table=True),
+            Panel(
+                "Close, VWAP and mid",
+                "VWAP is turnover / volume of the bar's trades; mid is the last (bid + ask) / 2 of the bar.",
+                [(_VWAP, "")], width=12, table=True,
+            ),
+            Panel("Trades and quotes in a bar", "How many made it.", [(_COUNTS, "")], width=12, table=True),
             Panel("Days", "Of the time range.", [(_DAYS, "")], kind="table", width=24, table=True),
         ),
     ),

@@ -13,9 +13,12 @@ import msgspec
 import polars as pl
 import pytest
 
+from app.clock import parse, rfc3339_nano
+from app.db.capability import Level
+from app.db.engine import Database
 from app.main import create_app
-from tests.conftest import Lane, random_symbol, running
-from tests.test_repository import T0, polars_every, resample
+from tests.conftest import Lane, random_symbol, refresh, running
+from tests.test_repository import DAY, N0, T0, polars_every, resample
 
 JSON = {"content-type": "application/json"}
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -57,15 +60,15 @@ async def test_each_shape_of_body_is_stored(client: httpx.AsyncClient, symbol: s
         answer = await client.post("/v1/quotes", content=lines, headers={"content-type": media})
     assert answer.status_code == 200, answer.text
     assert answer.json() == {
-        "received": 3, "inserted": 3, "updated": 0, "unchanged": 0, "superseded": 0, "rounded": 0, "crossed": 0,
-        "rejected": [],
+        "received": 3, "inserted": 3, "updated": 0, "unchanged": 0, "superseded": 0, "numbered": 0, "rounded": 0,
+        "zeros": 0, "crossed": 0, "rejected": [],
     }  # fmt: skip
     found = await client.get("/v1/quotes", params={"symbols": symbol.lower(), "start": "2026-11-16"})
     assert found.text == (
         '{"quotes":['
         + ",".join(
-            f'{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:0{i}Z","price":{i + 1}.1,"bid":null,"ask":null,'
-            '"bid_size":null,"ask_size":null,"volume":null,"source":null}'
+            f'{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:0{i}.000000000Z","price":{i + 1}.1,"bid":null,'
+            '"ask":null,"bid_size":null,"ask_size":null,"volume":null,"source":null}'
             for i in range(3)
         )
         + '],"next_page_token":null}'
@@ -73,11 +76,45 @@ async def test_each_shape_of_body_is_stored(client: httpx.AsyncClient, symbol: s
 
 
 async def test_numbers_keep_every_digit(client: httpx.AsyncClient, symbol: str) -> None:
-    body = f'[{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:00.000001Z","price":123456789012.12345678}}]'
+    body = (
+        f'[{{"symbol":"{symbol}","timestamp":"2026-11-16T00:00:00.123456789Z",'
+        '"price":1234567890123456.123456789012,"volume":0.000000000001}]'
+    )
     assert (await client.post("/v1/quotes", content=body, headers=JSON)).status_code == 200
     found = await client.get("/v1/quotes/latest", params={"symbols": symbol})
-    assert '"price":123456789012.12345678' in found.text
-    assert '"timestamp":"2026-11-16T00:00:00.000001Z"' in found.text
+    assert '"price":1234567890123456.123456789012,' in found.text
+    assert '"volume":0.000000000001,' in found.text
+    assert '"timestamp":"2026-11-16T00:00:00.123456789Z"' in found.text
+
+
+@pytest.mark.parametrize(("given", "shown"), [("", "000000000"), (".5", "500000000"), (".000000001", "000000001"),
+                                              (".123456", "123456000"), (".999999999", "999999999")])  # fmt: skip
+async def test_quotes_leave_with_nine_digits(client: httpx.AsyncClient, symbol: str, given: str, shown: str) -> None:
+    quote = {"symbol": symbol, "timestamp": f"2026-11-16T00:00:00{given}Z", "price": 1}
+    assert (await post(client, [quote])).status_code == 200
+    text = f'"2026-11-16T00:00:00.{shown}Z"'
+    of_symbol = {"symbols": symbol}
+    for path, query in (
+        ("/v1/quotes/latest", of_symbol),
+        ("/v1/quotes", {**of_symbol, "start": "2026-11-16"}),
+        ("/v1/quotes/intraday", {"symbol": symbol, "date": "2026-11-16"}),
+        ("/v1/symbols", {"limit": "100000"}),
+    ):
+        assert text in (await client.get(path, params=query)).text, path
+
+
+async def test_a_symbol_may_have_any_of_its_letters(client: httpx.AsyncClient, symbol: str) -> None:
+    odd = f"{symbol}.-=^/:_&@+$#! X"
+    assert (await post(client, [row(f"  {odd.lower()} ")])).json()["inserted"] == 1
+    for path, name in (("/v1/quotes", "symbols"), ("/v1/ohlc", "symbols"), ("/v1/quotes/intraday", "symbol")):
+        more = {"interval": "1d"} if path == "/v1/ohlc" else {}
+        span = {"date": "2026-11-16"} if name == "symbol" else {"start": "2026-11-16"}
+        answer = await client.get(path, params={name: odd, **span, **more})
+        (found,) = answer.json()["bars" if more else "quotes"]
+        assert found["symbol"] == odd
+    names = [entry["symbol"] for entry in (await client.get("/v1/symbols")).json()["symbols"]]
+    after = await client.get("/v1/symbols", params={"page_token": odd, "limit": 1})
+    assert [entry["symbol"] for entry in after.json()["symbols"]] == names[names.index(odd) + 1 :][:1]
 
 
 async def test_receipts_by_conflict_rule(client: httpx.AsyncClient, symbol: str) -> None:
@@ -93,6 +130,39 @@ async def test_receipts_by_conflict_rule(client: httpx.AsyncClient, symbol: str)
     ]
     assert (await post(client, [row(symbol, 0, 2)], on_conflict="ignore")).json()["unchanged"] == 1
     assert (await post(client, {"quotes": [row(symbol, 0, 2)]})).json()["updated"] == 1
+    merged = await post(client, [row(symbol, 0, None, bid=1), row(symbol, 0, None, ask=3)], on_conflict="merge")
+    assert (merged.json()["updated"], merged.json()["superseded"]) == (1, 1)
+    (quote,) = (await client.get("/v1/quotes/latest", params={"symbols": symbol})).json()["quotes"]
+    assert (quote["price"], quote["bid"], quote["ask"]) == (2, 1, 3)
+
+
+async def test_ties_are_replaced_or_numbered(client: httpx.AsyncClient, symbol: str) -> None:
+    rows = [row(symbol, 0, price) for price in (3, 1, 2)]
+    assert (await post(client, rows, ties="number")).json() == {
+        "received": 3, "inserted": 3, "updated": 0, "unchanged": 0, "superseded": 0, "numbered": 2, "rounded": 0,
+        "zeros": 0, "crossed": 0, "rejected": [],
+    }  # fmt: skip
+    found = (await client.get("/v1/quotes", params={"symbols": symbol, "start": "2026-11-16"})).json()["quotes"]
+    assert [(q["timestamp"][-4:], q["price"]) for q in found] == [("000Z", 3), ("001Z", 1), ("002Z", 2)]
+    replaced = (await post(client, rows)).json()
+    assert (replaced["updated"], replaced["superseded"], replaced["numbered"]) == (1, 2, 0)
+
+
+async def test_zeros_and_signs(client: httpx.AsyncClient, symbol: str) -> None:
+    taken = (await post(client, [row(symbol, 0, 5, bid=0, ask=0)])).json()
+    assert (taken["inserted"], taken["zeros"]) == (1, 2)
+    refused = problem(await post(client, [row(symbol, 1, 0, bid=0)]), 422, "invalid-quotes")
+    assert [e["code"] for e in refused["errors"]] == ["price-not-positive"]
+    signed = (await post(client, [row(symbol, 1, -37.63, bid=0, volume=2)], prices="signed")).json()
+    assert (signed["inserted"], signed["zeros"]) == (1, 0)
+    (quote,) = (await client.get("/v1/quotes/latest", params={"symbols": symbol})).json()["quotes"]
+    assert (quote["price"], quote["bid"], quote["ask"]) == (-37.63, 0, None)
+
+
+async def test_the_setting_says_what_a_price_is_by_default(lane: Lane, symbol: str) -> None:
+    async with running(create_app(lane.make_settings(prices="signed"))) as client:
+        assert (await post(client, [row(symbol, 0, -1)])).json()["inserted"] == 1
+        problem(await post(client, [row(symbol, 1, -1)], prices="positive"), 422, "invalid-quotes")
 
 
 async def test_skip_lists_the_refused_rows(client: httpx.AsyncClient, symbol: str) -> None:
@@ -120,6 +190,15 @@ def bad_bodies() -> Iterator[Any]:
         "nul": ('{"symbol":"A\\u0000","timestamp":"2026-11-16T00:00:00Z","price":1}', "symbol", "symbol-invalid"),
         "future": (f'{head}"2999-01-01T00:00:00Z","price":1}}', "timestamp", "timestamp-in-future"),
         "past": (f'{head}"0001-01-01T00:00:00Z","price":1}}', "timestamp", "timestamp-too-old"),
+        "before": (f'{head}"1677-09-21T23:59:59.999999999Z","price":1}}', "timestamp", "timestamp-too-old"),
+        "too fine": (f'{head}"2026-11-16T00:00:00.0000000001Z","price":1}}', "timestamp", "timestamp-too-fine"),
+        "leap second": (f'{head}"2016-12-31T23:59:60Z","price":1}}', "timestamp", "timestamp-leap-second"),
+        "zero": (when + '"price":0}', "price", "price-not-positive"),
+        "too large": (when + '"price":1e16}', "price", "price-out-of-range"),
+        "too small": (when + '"price":1.23e-12}', "price", "price-too-fine"),
+        "long": (when + f'"price":{"9" * 10_000}}}', "price", "number-too-long"),
+        "size": (when + '"price":1,"volume":-0.5}', "volume", "size-negative"),
+        "sizes alone": (when + '"volume":1,"bid_size":2}', "price", "price-missing"),
         "no price": (when[:-1] + "}", "price", "price-missing"),
         "typo": (when + '"prise":1}', "prise", "unknown-field"),
         "null": ("null", "", "not-an-object"),
@@ -146,14 +225,10 @@ async def test_a_bad_row_is_named_and_nothing_is_stored(
         (b'[{"symbol":"A"', JSON, 400, "malformed-body"),
         (b"\xff\xfe", JSON, 400, "malformed-body"),
         (b"[" * 100_000, JSON, 400, "malformed-body"),
-        (b"[" + b"9" * 10_000 + b"]", JSON, 400, "malformed-body"),
+        (b"[" + b"9" * 10_000 + b"]", JSON, 422, "invalid-quotes"),
         (b"3", JSON, 400, "malformed-body"),
         (b'{"quotes":{}}', JSON, 400, "malformed-body"),
         (b'{"quotes":[],"more":1}', JSON, 400, "malformed-body"),
-        (b"[]", JSON, 400, "invalid-request"),
-        (b'{"quotes":[]}', JSON, 400, "invalid-request"),
-        (b"", NDJSON, 400, "invalid-request"),
-        (b"\n\n", NDJSON, 400, "invalid-request"),
         (b"<quote/>", {"content-type": "text/xml"}, 415, "unsupported-media-type"),
         (b"[]", {**JSON, "content-encoding": "br"}, 415, "unsupported-encoding"),
     ],
@@ -162,6 +237,30 @@ async def test_a_body_that_holds_no_quotes(
     client: httpx.AsyncClient, body: bytes, headers: dict[str, str], status: int, code: str
 ) -> None:
     problem(await client.post("/v1/quotes", content=body, headers=headers), status, code)
+
+
+@pytest.mark.parametrize(
+    ("body", "media"),
+    [
+        (b"[]", "application/json"),
+        (b'{"quotes":[]}', "application/json"),
+        (b"", "application/x-ndjson"),
+        (b"\n\n", "application/x-ndjson"),
+        (b"symbol,timestamp,price\n", "text/csv"),
+    ],
+)
+@pytest.mark.parametrize("on_conflict", ["update", "merge", "ignore", "error"])
+async def test_an_empty_batch_is_taken(client: httpx.AsyncClient, body: bytes, media: str, on_conflict: str) -> None:
+    headers = {"content-type": media, "idempotency-key": random_symbol()}
+    path = f"/v1/quotes?on_conflict={on_conflict}"
+    for query in ("&dry_run=true", "", ""):
+        answer = await client.post(path + query, content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        receipt = answer.json()
+        assert receipt.pop("dry_run", False) == bool(query)
+        assert receipt.pop("rejected") == []
+        assert set(receipt.values()) == {0}
+    assert answer.headers["idempotency-replayed"] == "true"
 
 
 async def test_too_many_rows_and_bytes(lane: Lane, symbol: str) -> None:
@@ -204,7 +303,9 @@ async def test_a_body_that_does_not_arrive(lane: Lane) -> None:
         ("/v1/quotes?symbols=A&colour=red", "colour"),
         ("/v1/quotes", "symbols"),
         ("/v1/quotes?symbols=", "symbols"),
-        ("/v1/quotes?symbols=a%20b", "symbols"),
+        ("/v1/quotes?symbols=a%3Bb", "symbols"),
+        ("/v1/quotes?symbols=" + 65 * "A", "symbols"),
+        ("/v1/quotes?symbols=%C3%A9", "symbols"),
         ("/v1/quotes?symbols=%00", "symbols"),
         ("/v1/quotes?symbols=%ed%a0%80", "symbols"),
         ("/v1/quotes?symbols=" + ",".join(f"S{i}" for i in range(501)), "symbols"),
@@ -214,7 +315,10 @@ async def test_a_body_that_does_not_arrive(lane: Lane) -> None:
         ("/v1/quotes?symbols=A&start=0001-01-01T00:00:00%2B14:00", "start"),
         ("/v1/quotes?symbols=A&start=2026-11-17&end=2026-11-16", "start"),
         ("/v1/quotes?symbols=A&start=2026-11-16&end=2026-11-16", "start"),
-        ("/v1/quotes?symbols=A&end=0001-01-01", "end"),
+        ("/v1/quotes?symbols=A&end=9999-12-31T23:59:59-14:00", "end"),
+        ("/v1/quotes?symbols=A&start=2026-11-16T00:00:00.0000000001Z", "start"),
+        ("/v1/quotes?symbols=A&start=2026-11-16T00:00:60Z", "start"),
+        ("/v1/quotes?symbols=A&start=2026-11-16T00:00:00.000000001Z&end=2026-11-16T00:00:00.000000001Z", "start"),
         ("/v1/quotes?symbols=A&limit=0", "limit"),
         ("/v1/quotes?symbols=A&limit=10001", "limit"),
         ("/v1/quotes?symbols=A&limit=NaN", "limit"),
@@ -236,14 +340,31 @@ async def test_a_body_that_does_not_arrive(lane: Lane) -> None:
         ("/v1/ohlc?symbols=A&interval=3650d&end=1000-01-01", "start"),
         ("/v1/ohlc?symbols=A&interval=1m&price=best", "price"),
         ("/v1/summary/daily?symbols=A&interval=1d", "interval"),
+        ("/v1/summary/daily?symbols=A&price=best", "price"),
         ("/v1/symbols?limit=0", "limit"),
-        ("/v1/symbols?page_token=a%20b", "symbols"),
+        ("/v1/symbols?page_token=a%3Bb", "symbols"),
     ],
 )
 async def test_a_bad_query_names_its_parameter(client: httpx.AsyncClient, path: str, parameter: str) -> None:
     answer = await client.get(path)
     code = "invalid-page-token" if parameter == "page_token" and len(path) < 500 else "invalid-request"
     assert parameter in [error.get("parameter") for error in problem(answer, 400, code)["errors"]]
+
+
+async def test_a_range_may_be_all_of_the_calendar(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol), row(symbol, 1), row(symbol, 24)])
+    whole = {"symbols": symbol, "start": "0001-01-01", "end": "9999-12-31T23:59:59.999999999Z"}
+    page = (await client.get("/v1/quotes", params={**whole, "limit": 2})).json()
+    rest = (await client.get("/v1/quotes", params={**whole, "page_token": page["next_page_token"]})).json()
+    assert len(page["quotes"] + rest["quotes"]) == 3
+    assert (await client.get("/v1/quotes/count", params=whole)).json()["count"] == 3
+    for tz in ("UTC", "America/New_York", "Asia/Tokyo"):
+        for interval in ("1h", "1d", "1M", "3650d"):
+            answer = await client.get("/v1/ohlc", params={**whole, "interval": interval, "tz": tz})
+            assert answer.status_code == 200, answer.text
+            assert [bar["count"] for bar in answer.json()["bars"]] == [3]
+    nothing = await client.get("/v1/quotes", params={"symbols": symbol, "end": "0001-01-01"})
+    assert nothing.json() == {"quotes": [], "next_page_token": None}
 
 
 async def test_other_refusals(client: httpx.AsyncClient) -> None:
@@ -287,11 +408,11 @@ async def test_pages_are_linked_and_bound_to_their_query(client: httpx.AsyncClie
         answer = await client.get(path)
         assert answer.status_code == 200, answer.text
         page = answer.json()
-        seconds += [q["timestamp"][-3:] for q in page["quotes"]]
+        seconds += [q["timestamp"][17:] for q in page["quotes"]]
         path = answer.links["next"]["url"] if "next" in answer.links else None
         assert (path is None) == (page["next_page_token"] is None)
         tokens.append(page["next_page_token"])
-    assert seconds == ["04Z", "03Z", "02Z", "01Z", "00Z"]
+    assert seconds == [f"0{i}.000000000Z" for i in (4, 3, 2, 1, 0)]
     base = {"symbols": symbol, "start": "2026-11-16", "sort": "desc", "page_token": tokens[0]}
     assert len((await client.get("/v1/quotes", params={**base, "limit": 3})).json()["quotes"]) == 3
     for other in (
@@ -301,6 +422,31 @@ async def test_pages_are_linked_and_bound_to_their_query(client: httpx.AsyncClie
         {"page_token": tokens[0][:-2]},
     ):
         problem(await client.get("/v1/quotes", params={**base, **other}), 400, "invalid-page-token")
+
+
+@pytest.mark.parametrize("per_symbol", [{}, {"limit_per_symbol": 3}])
+@pytest.mark.parametrize("sort", ["asc", "desc"])
+async def test_pages_of_quotes_a_nanosecond_apart(
+    client: httpx.AsyncClient, sort: str, per_symbol: dict[str, int]
+) -> None:
+    symbols = sorted((random_symbol(), random_symbol()))
+    stamps = [f"2026-11-16T00:00:00.{n:09d}Z" for n in (0, 1, 2, 999, 1000, 1001, 123_456_789)]
+    await post(client, [{"symbol": s, "timestamp": at, "bid": 1} for at in stamps for s in symbols])
+    query: dict[str, Any] = {
+        "symbols": ",".join(symbols), "start": stamps[1], "end": stamps[-1], "sort": sort, "limit": 2, **per_symbol,
+    }  # fmt: skip
+    inside = stamps[1:-1] if sort == "asc" else stamps[-2:0:-1]
+    expected = [(s, at) for s in symbols for at in inside[: per_symbol.get("limit_per_symbol")]]
+    found: list[tuple[str, str]] = []
+    while True:
+        page = (await client.get("/v1/quotes", params=query)).json()
+        found += [(q["symbol"], q["timestamp"]) for q in page["quotes"]]
+        if page["next_page_token"] is None:
+            break
+        query["page_token"] = page["next_page_token"]
+    assert found == expected
+    bounds = {"start": stamps[1], "end": stamps[-1]}
+    assert (await client.get("/v1/quotes/count", params={"symbols": symbols[0], **bounds})).json()["count"] == 5
 
 
 async def test_latest_lists_what_is_missing(client: httpx.AsyncClient, symbol: str) -> None:
@@ -316,7 +462,8 @@ async def test_latest_lists_what_is_missing(client: httpx.AsyncClient, symbol: s
 async def test_symbols_page_by_page(client: httpx.AsyncClient, symbol: str) -> None:
     await post(client, [row(symbol, 1), row(symbol, 3)])
     everything = (await client.get("/v1/symbols")).json()["symbols"]
-    assert {"symbol": symbol, "first": "2026-11-16T00:00:01Z", "last": "2026-11-16T00:00:03Z"} in everything
+    first, last = "2026-11-16T00:00:01.000000000Z", "2026-11-16T00:00:03.000000000Z"
+    assert {"symbol": symbol, "first": first, "last": last} in everything
     names = [entry["symbol"] for entry in everything]
     assert names == sorted(names)
     paged: list[str] = []
@@ -331,13 +478,161 @@ async def test_symbols_page_by_page(client: httpx.AsyncClient, symbol: str) -> N
 async def test_daily_summary(client: httpx.AsyncClient, symbol: str) -> None:
     prices = ["10", "12.5", "8", "9"]
     await post(client, [row(symbol, i, p, volume=10 * i) for i, p in enumerate(prices)])
-    found = await client.get("/v1/summary/daily", params={"symbols": symbol, "start": "2026-11-16"})
-    assert found.json()["summaries"] == [
+    await post(client, [row(symbol, i, None, bid=1, ask=i, volume=100) for i in range(11, 15)])
+    query = {"symbols": symbol, "start": "2026-11-16"}
+    found = (await client.get("/v1/summary/daily", params=query)).json()
+    assert found["missing"] == []
+    assert found["summaries"] == [
         {
             "symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "open": 10, "high": 12.5, "low": 8, "close": 9,
             "volume": 60, "vwap": 9.25, "count": 4, "range": 4.5, "change": -1, "change_percent": -10, "final": True,
         }
     ]  # fmt: skip
+    for price, bounds in (("mid", (6, 7.5, 6, 7.5)), ("ask", (11, 14, 11, 14)), ("bid", (1, 1, 1, 1))):
+        (line,) = (await client.get("/v1/summary/daily", params={**query, "price": price})).json()["summaries"]
+        assert tuple(line[name] for name in ("open", "high", "low", "close")) == bounds
+        assert (line["volume"], line["vwap"], line["count"]) == (400, sum(bounds) / 4, 4)
+
+
+async def test_a_summary_of_prices_below_zero(client: httpx.AsyncClient, database: Database, symbol: str) -> None:
+    """Such as those of crude oil on 2020-04-20; from an open below zero there is no change in per cent."""
+    rows = [row(symbol, i, p, volume=v) for i, (p, v) in enumerate([(-37.63, 10), (0, 5), (10.01, 5), (-1, 20)])]
+    assert (await post(client, rows, prices="signed")).json()["inserted"] == 4
+    found = await client.get("/v1/summary/daily", params={"symbols": symbol, "start": "2026-11-16"})
+    assert found.json()["summaries"] == [
+        {
+            "symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "open": -37.63, "high": 10.01, "low": -37.63,
+            "close": -1, "volume": 40, "vwap": -8.65625, "count": 4, "range": 47.64, "change": 36.63,
+            "change_percent": None, "final": True,
+        }
+    ]  # fmt: skip
+    async with database.dedicated() as connection:
+        if database.capability.level >= Level.COMMUNITY:
+            for rollup in ("ohlc_1m", "ohlc_1h", "ohlc_1d"):
+                await refresh(connection, rollup, T0, T0 + timedelta(days=1))
+        line = await connection.fetchrow(
+            "SELECT vwap, change, change_percent, count FROM quotes.daily_summary WHERE symbol = $1", symbol
+        )
+    assert line is not None
+    assert tuple(line) == (Decimal("-8.65625"), Decimal("36.63"), None, 4)
+
+
+# --- why there are no bars ---
+
+
+async def missing_symbols(client: httpx.AsyncClient) -> dict[str, str]:
+    """Of a day: a symbol of trades, one of quotes, one with a bid alone, one of another day, one of nobody."""
+    names = dict(zip(("traded", "quoted", "one-sided", "elsewhere", "unknown"), sorted_symbols(5), strict=True))
+    await post(
+        client,
+        [
+            row(names["traded"], 1, 5), row(names["quoted"], 1, None, bid=1, ask=2),
+            row(names["one-sided"], 1, None, bid=1),
+            {"symbol": names["elsewhere"], "timestamp": "2026-11-18T12:00:00Z", "price": 1, "bid": 1, "ask": 2},
+        ],
+    )  # fmt: skip
+    return names
+
+
+def sorted_symbols(count: int) -> list[str]:
+    return sorted(random_symbol() for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/ohlc", {"interval": "1m"}),
+        ("/v1/ohlc", {"interval": "1d", "fill": "null"}),
+        ("/v1/ohlc", {"interval": "7m"}),
+        ("/v1/summary/daily", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("price", "reasons"),
+    [
+        ("last", {"quoted": "no-trades", "one-sided": "no-trades"}),
+        ("mid", {"traded": "no-quotes", "one-sided": "no-quotes"}),
+        ("bid", {"traded": "no-quotes"}),
+        ("ask", {"traded": "no-quotes", "one-sided": "no-quotes"}),
+    ],
+)
+async def test_what_is_missing_has_a_reason(
+    client: httpx.AsyncClient, path: str, more: dict[str, str], price: str, reasons: dict[str, str]
+) -> None:
+    names = await missing_symbols(client)
+    reasons = {**reasons, "elsewhere": "nothing-in-range", "unknown": "unknown"}
+    asked = [*names.values(), names["unknown"]]
+    random.Random(4).shuffle(asked)
+    query = {"symbols": ",".join(asked), "price": price, "start": "2026-11-16", "end": "2026-11-17", **more}
+    answer = (await client.get(path, params=query)).json()
+    assert answer["missing"] == [{"symbol": names[name], "reason": reasons[name]} for name in names if name in reasons]
+    rows = answer["bars" if "bars" in answer else "summaries"]
+    assert {row["symbol"] for row in rows} == {names[name] for name in names if name not in reasons}
+
+
+@pytest.mark.parametrize("sort", ["asc", "desc"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+@pytest.mark.parametrize("path", ["/v1/ohlc", "/v1/summary/daily"])
+async def test_each_missing_symbol_is_told_on_one_page(
+    client: httpx.AsyncClient, path: str, limit: int, sort: str
+) -> None:
+    symbols = sorted_symbols(9)
+    has = {symbol: days for symbol, days in zip(symbols, (0, 2, 0, 0, 1, 3, 0, 1, 0), strict=True) if days}
+    await post(
+        client,
+        [
+            {"symbol": symbol, "timestamp": f"2026-11-{16 + day}T12:00:00Z", "price": 1}
+            for symbol, days in has.items() for day in range(days)
+        ],
+    )  # fmt: skip
+    query: dict[str, Any] = {
+        "symbols": ",".join(symbols), "start": "2026-11-01", "end": "2026-12-01", "limit": limit, "sort": sort,
+        **({"interval": "1d"} if path == "/v1/ohlc" else {}),
+    }  # fmt: skip
+    found: list[str] = []
+    missing: list[str] = []
+    while True:
+        page = (await client.get(path, params=query)).json()
+        bars = page["bars" if path == "/v1/ohlc" else "summaries"]
+        found += [bar["symbol"] for bar in bars]
+        missing += [entry["symbol"] for entry in page["missing"]]
+        assert all(entry["reason"] == "unknown" for entry in page["missing"])
+        if page["next_page_token"] is None:
+            break
+        assert all(symbol <= found[-1] for symbol in missing), "of what this page and those before it are done with"
+        query["page_token"] = page["next_page_token"]
+    assert found == [symbol for symbol, days in has.items() for _ in range(days)]
+    assert missing == [symbol for symbol in symbols if symbol not in has]
+
+
+async def test_a_reason_is_about_the_bars_that_start_in_the_range(client: httpx.AsyncClient) -> None:
+    traded, quoted = sorted_symbols(2)
+    await post(
+        client,
+        [
+            {"symbol": traded, "timestamp": "2026-11-16T12:00:00.000000001Z", "price": 1},
+            {"symbol": quoted, "timestamp": "2026-11-16T12:00:00.000000001Z", "bid": 1},
+        ],
+    )
+
+    async def missing(start: str, end: str, interval: str = "1d", **more: str) -> dict[str, str]:
+        query = {"symbols": f"{traded},{quoted}", "interval": interval, "start": start, "end": end, **more}
+        answer = await client.get("/v1/ohlc", params=query)
+        assert answer.status_code == 200, answer.text
+        return {entry["symbol"]: entry["reason"] for entry in answer.json()["missing"]}
+
+    nothing = {traded: "nothing-in-range", quoted: "nothing-in-range"}
+    assert await missing("2026-11-16T01:00:00Z", "2026-11-16T23:00:00Z") == nothing, "no day starts in there"
+    assert await missing("2026-11-16", "2026-11-16T01:00:00Z") == {quoted: "no-trades"}, "the whole day is asked for"
+    assert await missing("2026-11-16T12:00:00Z", "2026-11-16T12:00:01Z", "1s") == {quoted: "no-trades"}
+    assert await missing("2026-11-16T12:00:00.000000001Z", "2026-11-16T12:00:01Z", "1s") == nothing
+    assert await missing("2026-11-02", "2026-11-30", "1M") == nothing
+    assert await missing("2026-11-01", "2026-11-02", "1M") == {quoted: "no-trades"}
+    night = {"tz": "America/New_York"}
+    assert await missing("2026-11-16", "2026-11-16T05:00:00Z", **night) == nothing, "the 16th begins at 05:00 in UTC"
+    assert await missing("2026-11-16T05:00:00.000000001Z", "2026-11-17T05:00:00Z", **night) == nothing
+    assert await missing("2026-11-16T05:00:00Z", "2026-11-16T06:00:00Z", **night) == {quoted: "no-trades"}
+    assert await missing("0001-01-01", "9999-12-31", "3650d", **night) == {quoted: "no-trades"}
 
 
 async def test_deleting_needs_the_token_and_a_range(lane: Lane, symbol: str) -> None:
@@ -353,7 +648,11 @@ async def test_deleting_needs_the_token_and_a_range(lane: Lane, symbol: str) -> 
         problem(await client.delete(f"/v1/quotes?symbol={symbol}", headers=token), 400, "invalid-request")
         reversed_ = f"/v1/quotes?symbol={symbol}&start=2026-11-17&end=2026-11-16"
         problem(await client.delete(reversed_, headers=token), 400, "invalid-request")
-        assert (await client.delete(path, headers=token)).json() == {"deleted": 3}
+        after = f"/v1/quotes?symbol={symbol}&start=2026-11-16T00:00:01.000000001Z&end=2026-11-17"
+        assert (await client.delete(after, headers=token)).json() == {"deleted": 1}
+        (quote,) = (await client.get("/v1/quotes/latest", params={"symbols": symbol})).json()["quotes"]
+        assert quote["timestamp"] == "2026-11-16T00:00:01.000000000Z"
+        assert (await client.delete(path, headers=token)).json() == {"deleted": 2}
         latest = await client.get("/v1/quotes/latest", params={"symbols": symbol})
         assert latest.json() == {"quotes": [], "missing": [symbol]}
 
@@ -380,27 +679,16 @@ async def test_fifty_thousand_quotes_in_any_order(client: httpx.AsyncClient) -> 
     """Random order, random batch sizes, duplicates: the table is the dict, pages are the whole, bars are polars'."""
     rng = random.Random(20261120)
     symbols = sorted(random_symbol() for _ in range(8))
-    model: dict[tuple[str, datetime], dict[str, Any]] = {}
+    model: dict[tuple[str, int], dict[str, Any]] = {}
     posted = 0
     expected = {"inserted": 0, "updated": 0, "unchanged": 0, "superseded": 0}
     while posted < 50_000:
         size = min(rng.choice((1, 10, 500, 3000, 10_000)), 50_000 - posted)
-        rows = []
         before = dict(model)
-        for _ in range(size):
-            # A third falls on the whole seconds of two hours with one of two values, the rest anywhere in five days.
-            repeats = rng.random() < 0.33
-            micros = rng.randrange(7200) * 10**6 if repeats else rng.randrange(5 * 86_400 * 10**6)
-            at = T0 - timedelta(days=4) + timedelta(microseconds=micros)
-            quote: dict[str, Any] = {
-                "symbol": rng.choice(symbols),
-                "timestamp": at,
-                "price": Decimal(rng.randrange(1, 3) if repeats else rng.randrange(1, 10**7)).scaleb(-4),
-                "volume": 1 if repeats else rng.randrange(1000),
-            }
-            rows.append(quote)
-            model[quote["symbol"], at] = quote
-        answer = await client.post("/v1/quotes", content=msgspec.json.encode(rows), headers=JSON)
+        rows = [_some_quote(rng, symbols) for _ in range(size)]
+        model.update({(quote["symbol"], quote["timestamp"]): quote for quote in rows})
+        sent = [{**quote, "timestamp": rfc3339_nano(quote["timestamp"])} for quote in rows]
+        answer = await client.post("/v1/quotes", content=msgspec.json.encode(sent), headers=JSON)
         assert answer.status_code == 200, answer.text
         receipt = answer.json()
         keys = {(r["symbol"], r["timestamp"]) for r in rows}
@@ -418,45 +706,53 @@ async def test_fifty_thousand_quotes_in_any_order(client: httpx.AsyncClient) -> 
     assert min(expected.values()) > 0, "the data exercises every outcome"
 
     span = {"symbols": ",".join(symbols), "start": "2026-11-01", "end": "2026-12-01"}
-    found: dict[tuple[str, datetime], dict[str, Any]] = {}
-    token: dict[str, str] = {}
-    while True:
-        page = (await client.get("/v1/quotes", params={**span, "limit": "9973", **token})).json()
-        for q in page["quotes"]:
-            key = (q["symbol"], datetime.fromisoformat(q["timestamp"]))
-            assert key not in found
-            found[key] = q
-        if page["next_page_token"] is None:
-            break
-        token = {"page_token": page["next_page_token"]}
-    assert list(found) == sorted(model)
-    assert {k: (Decimal(str(q["price"])), q["volume"]) for k, q in found.items()} == {
-        k: _values(q) for k, q in model.items()
-    }
+    found = await _all_pages(client, "/v1/quotes", {**span, "limit": "9973"})
+    assert [(q["symbol"], parse(q["timestamp"])) for q in found] == sorted(model)
+    assert [tuple(map(_decimal, _values(q))) for q in found] == [_values(model[key]) for key in sorted(model)]
 
-    raw = [{"bid": None, "ask": None, **q} for q in model.values()]
+    raw = [{"ask": None, **q} for q in model.values()]
+    names = ("open", "high", "low", "close", "volume", "count")
     for interval in ("1m", "5m", "1h", "1d"):
-        bars: list[dict[str, Any]] = []
-        token = {}
-        while True:
-            page = (
-                await client.get("/v1/ohlc", params={**span, "interval": interval, "limit": "10000", **token})
-            ).json()
-            bars += page["bars"]
-            if page["next_page_token"] is None:
-                break
-            token = {"page_token": page["next_page_token"]}
-        names = ("open", "high", "low", "close", "volume", "count")
+        bars = await _all_pages(client, "/v1/ohlc", {**span, "interval": interval, "limit": "10000"})
         assert [
-            (b["symbol"], datetime.fromisoformat(b["timestamp"]), *(Decimal(str(b[n])) for n in names)) for b in bars
+            (b["symbol"], datetime.fromisoformat(b["timestamp"]), *(_decimal(b[n]) for n in names)) for b in bars
         ] == [
             (b["symbol"], b["timestamp"], *(b[n] for n in names))
             for b in resample(raw, polars_every(interval), pl.col("price"))
         ]
 
 
-def _values(quote: dict[str, Any]) -> tuple[Decimal, int]:
-    return quote["price"], quote["volume"]
+def _some_quote(rng: random.Random, symbols: list[str]) -> dict[str, Any]:
+    """A third falls on the first nanoseconds of a day with one of two values, the rest anywhere in five days."""
+    repeats = rng.random() < 0.33
+    quote: dict[str, Any] = {
+        "symbol": rng.choice(symbols),
+        "timestamp": N0 - 4 * DAY + (rng.randrange(7200) if repeats else rng.randrange(5 * DAY)),
+        "price": Decimal(rng.randrange(1, 3) if repeats else rng.randrange(1, 10**7)).scaleb(-4),
+        "bid": None if rng.random() < 0.5 else Decimal(2),
+        "volume": Decimal(1) if repeats else Decimal(rng.randrange(1000)).scaleb(-3),
+    }
+    if quote["bid"] is not None and rng.random() < 0.3:
+        quote["price"] = None
+    return quote
+
+
+async def _all_pages(client: httpx.AsyncClient, path: str, query: dict[str, str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    while True:
+        page = (await client.get(path, params=query)).json()
+        rows += page["quotes" if path == "/v1/quotes" else "bars"]
+        if page["next_page_token"] is None:
+            return rows
+        query = {**query, "page_token": page["next_page_token"]}
+
+
+def _values(quote: dict[str, Any]) -> tuple[Any, ...]:
+    return quote["price"], quote["bid"], quote["volume"]
+
+
+def _decimal(value: float | None) -> Decimal | None:
+    return None if value is None else Decimal(str(value))
 
 
 # --- operations ---

@@ -7,7 +7,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -16,17 +16,25 @@ from typing import Any, Final
 import asyncpg
 import pytest
 
+from app.clock import Nanoseconds, nanoseconds
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres, find_server
 from app.db.engine import Database
 from app.db.migrate import migrate
+from app.repository.bars import BarPrice
 from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane, fresh_database, random_symbol, refresh
 
 START: Final = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=40)
 END: Final = START + timedelta(days=50)
+PRICES: Final[tuple[BarPrice, ...]] = ("last", "mid")
 CONTENT: Final = """
 SELECT count(*), coalesce(sum(hashtextextended(r::text, 0)::numeric), 0) FROM quotes.{} r
+"""
+COMMENTS: Final = """
+SELECT c.relname::text, d.objsubid, d.description FROM pg_description d
+JOIN pg_class c ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid
+WHERE c.relnamespace = 'quotes'::regnamespace ORDER BY 1, 2
 """
 JOBS: Final = """
 SELECT proc_name::text, schedule_interval, scheduled, (config - 'hypertable_id' - 'mat_hypertable_id')::text AS config
@@ -77,8 +85,9 @@ async def filled(lane: Lane, url: str) -> list[str]:
         quotes = QuoteRepository(database, lane.make_settings())
         await quotes.bulk_insert(
             [
-                {"symbol": symbol, "timestamp": START + i * timedelta(hours=1, seconds=7), "price": Decimal(i + 8) / 8,
-                 "bid": None if i % 3 else i + 1, "volume": i % 11, "source": 'a,"b"\\' if i % 5 else None}
+                {"symbol": symbol, "timestamp": Nanoseconds(nanoseconds(START) + i * (3607 * 10**9 + 1)),
+                 "price": Decimal(i + 8) / 8 if i % 4 else None, "bid": Decimal(i + 1) / 10**12,
+                 "ask": None if i % 3 else i + 1, "volume": i % 11, "source": 'a,"b"\\' if i % 5 else None}
                 for symbol in symbols for i in range(900)
             ]
         )  # fmt: skip
@@ -92,19 +101,21 @@ async def filled(lane: Lane, url: str) -> list[str]:
                     " WHERE hypertable_name = 'real_time' ORDER BY range_start LIMIT 10"
                 )
                 for chunk in chunks:
-                    await connection.execute(f"CALL convert_to_columnstore('{chunk[0]}', if_not_columnstore => true)")
+                    with suppress(asyncpg.DuplicateObjectError):  # the policy came first
+                        await connection.execute(f"CALL convert_to_columnstore('{chunk[0]}')")
         # A late quote, so that a rollup is stale when the dump is made.
         await quotes.bulk_insert([{"symbol": symbols[0], "timestamp": START + timedelta(minutes=3), "price": 999}])
     return symbols
 
 
 async def content(lane: Lane, url: str, symbols: list[str]) -> dict[str, Any]:
-    """Counts and order-free hashes, bars, and the jobs with their configuration."""
+    """Counts and order-free hashes, bars, comments, and the jobs with their configuration."""
     async with connected(lane, url) as database:
         found: dict[str, Any] = {}
         async with database.dedicated(statement_timeout=timedelta(minutes=1)) as connection:
             for table in ("real_time", "latest"):
                 found[table] = tuple(await connection.fetchrow(CONTENT.format(table)) or ())
+            found["comments"] = [tuple(row) for row in await connection.fetch(COMMENTS)]
             found["revision"] = await connection.fetchval("SELECT version_num FROM alembic_version")
             if database.capability.level >= Level.COMMUNITY:
                 found["jobs"] = [tuple(row) for row in await connection.fetch(JOBS)]
@@ -113,7 +124,10 @@ async def content(lane: Lane, url: str, symbols: list[str]) -> dict[str, Any]:
                 )
         quotes = QuoteRepository(database, lane.make_settings())
         for interval in ("1m", "1h", "1d"):
-            found[interval] = await quotes.get_bars(symbols, interval, START, END, limit=100_000)
+            for price in PRICES:
+                bars = await quotes.get_bars(symbols, interval, START, END, price=price, limit=100_000)
+                found[f"{interval} {price}"] = bars
+                assert bars
     return found
 
 

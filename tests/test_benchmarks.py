@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.model import SCHEMA
+from app.quote.fields import NAMES
 from benchmarks.client import Refused, post, send_all, send_on_schedule
 from benchmarks.ticks import FORMATS, Ticks
 
@@ -37,7 +37,7 @@ def quotes(form: str, body: bytes) -> list[dict[str, Any]]:
     else:
         text = body.decode() if form == "JSON" else f'{{"quotes":[{",".join(body.decode().splitlines())}]}}'
         rows = json.loads(text, parse_float=Decimal)["quotes"]
-    return [{name: _plain(name, row[name]) for name in SCHEMA.names} for row in rows]
+    return [{name: _plain(name, row[name]) for name in NAMES} for row in rows]
 
 
 def _point(line: str) -> dict[str, Any]:

@@ -12,16 +12,18 @@ import os
 import random
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final
+from itertools import product
+from typing import Final
 
 import pytest
 
+from app.clock import nanoseconds
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane, about, random_symbol, refresh
-from tests.test_differential import DAY, ROLLUPS, Model, tuples
+from tests.test_differential import DAY, PRICES, ROLLUPS, Model, sent, stored_row, tuples
 
 ROUNDS: Final = int(os.environ.get("REFRESH_ROUNDS", "15"))
 WRITERS: Final = 4
@@ -55,11 +57,15 @@ async def write(quotes: QuoteRepository, front: Front, rng: random.Random) -> tu
     symbol, model = random_symbol(), Model()
 
     async def store(at: datetime) -> None:
-        row: dict[str, Any] = {
-            "symbol": symbol, "timestamp": at, "price": Decimal(rng.randint(1, 9999)) / 8, "volume": rng.randint(1, 9),
-        }  # fmt: skip
-        await quotes.bulk_insert([row])
-        model.write([row], "update")
+        """A trade, a quote a nanosecond before or after it, or both."""
+        price, instant = Decimal(rng.randint(1, 9999)) / 8, nanoseconds(at)
+        rows = [
+            stored_row(symbol, instant, price=price, volume=rng.randint(1, 9)),
+            stored_row(symbol, instant + rng.choice((-1, 1)), bid=price, ask=price + 2),
+        ]  # fmt: skip
+        rows = rng.choice((rows, rows[:1], rows[1:]))
+        await quotes.bulk_insert([sent(row) for row in rows])
+        model.write(rows, "update")
 
     await store(front.start + DAYS * DAY)
     for _ in range(ROUNDS):
@@ -68,9 +74,10 @@ async def write(quotes: QuoteRepository, front: Front, rng: random.Random) -> tu
         await store(at)
         for interval, width in WIDTHS:
             low = at - (at - datetime(2000, 1, 3, tzinfo=UTC)) % width
-            bars = await quotes.get_bars(symbol, interval, low, low + width)
-            expected = [bar for bar in model.bars(width) if bar[1] == low]
-            assert tuples(bars) == expected, f"bars of {interval} at {low} after the receipt of {at}"
+            for price in PRICES:
+                bars = await quotes.get_bars(symbol, interval, low, low + width, price=price)
+                expected = [bar for bar in model.bars(width, price) if bar[1] == low]
+                assert tuples(bars) == expected, f"bars of {interval}, {price}, at {low} after the receipt of {at}"
         front.rounds += 1
     return symbol, model
 
@@ -95,9 +102,10 @@ async def test_what_is_acknowledged_is_in_the_bars_during_refreshes(lane: Lane, 
             await asyncio.gather(*refreshes)
         assert front.refreshes >= len(ROLLUPS)
         for symbol, model in written:
-            for interval, width in WIDTHS:
-                bars = await quotes.get_bars(symbol, interval, front.start - DAY, front.start + 30 * DAY, limit=10**5)
-                assert tuples(bars) == model.bars(width), f"bars of {interval} in the end, seed {seed}"
+            for (interval, width), price in product(WIDTHS, PRICES):
+                whole = (front.start - DAY, front.start + 30 * DAY)
+                bars = await quotes.get_bars(symbol, interval, *whole, price=price, limit=10**5)
+                assert tuples(bars) == model.bars(width, price), f"bars of {interval} in the end, seed {seed}"
     finally:
         await database.close()
     about[lane.name] += f"; {WRITERS * ROUNDS} quotes stored during {front.refreshes} refreshes, seed {seed}: 0 missing"

@@ -18,7 +18,7 @@ from app import demo
 from app.client import Client, Refused, Unavailable, in_order
 from app.demo import INSTRUMENTS, DemoOptions, Market, history
 from app.errors import InvalidRequest
-from app.model import Receipt
+from app.quote.terms import Receipt
 
 SUNDAY = datetime(2026, 3, 8, 12, tzinfo=UTC)  # the clocks of New York change on this day
 BY_SYMBOL = {instrument.symbol: instrument for instrument in INSTRUMENTS}
@@ -43,7 +43,8 @@ def generate(end: datetime, days: int, seed: int = 7) -> list[bytes]:
 @pytest.fixture(scope="module")
 def week() -> list[dict[str, Any]]:
     """A week of every instrument, with two weekends' ends."""
-    return [msgspec.json.decode(line) for line in generate(SUNDAY, 7)]
+    decode = msgspec.json.Decoder(float_hook=str).decode
+    return [decode(line) for line in generate(SUNDAY, 7)]
 
 
 def is_open(venue: str, moment: datetime) -> bool:
@@ -62,14 +63,41 @@ def is_open(venue: str, moment: datetime) -> bool:
 def test_prices_lie_on_the_tick_grid_and_inside_the_spread(week: list[dict[str, Any]]) -> None:
     assert len(week) > 300_000
     for quote in week:
-        price, bid, ask = (Decimal(quote[name]) for name in ("price", "bid", "ask"))
-        assert 0 < bid < ask
-        assert price in (bid, ask)
-        tick = Decimal(BY_SYMBOL[quote["symbol"]].tick)
-        assert bid % tick == ask % tick == 0
-        assert quote["bid_size"] > 0
-        assert quote["ask_size"] > 0
-        assert 0 < quote["volume"] <= max(quote["bid_size"], quote["ask_size"])
+        tick, lot = (Decimal(step) for step in (BY_SYMBOL[quote["symbol"]].tick, BY_SYMBOL[quote["symbol"]].lot))
+        sides = {name: Decimal(quote[name]) for name in ("bid", "ask") if name in quote}
+        sizes = {name: Decimal(quote[f"{name}_size"]) for name in sides}
+        assert quote.keys() == {
+            "symbol", "timestamp", "source", *sides, *(f"{name}_size" for name in sides),
+            *(("price", "volume") if "price" in quote else ()),
+        }  # fmt: skip
+        assert all(price > 0 and price % tick == 0 for price in sides.values())
+        assert all(size > 0 and size % lot == 0 for size in sizes.values())
+        if len(sides) == 2:
+            assert sides["bid"] < sides["ask"]
+        if "price" in quote:
+            (side,) = (name for name, price in sides.items() if price == Decimal(quote["price"]))
+            assert 0 < Decimal(quote["volume"]) <= sizes[side]
+            assert Decimal(quote["volume"]) % lot == 0
+
+
+def test_a_third_of_the_quotes_have_no_price_and_a_few_one_side(week: list[dict[str, Any]]) -> None:
+    with_price = [quote for quote in week if "price" in quote]
+    one_sided = [quote for quote in week if "bid" not in quote or "ask" not in quote]
+    assert 0.3 < 1 - len(with_price) / len(week) < 0.37
+    assert 0.01 < len(one_sided) / len(week) < 0.03
+    assert {name for quote in one_sided for name in ("bid", "ask") if name in quote} == {"bid", "ask"}
+    assert not any("price" in quote for quote in one_sided)
+    assert {quote["symbol"] for quote in one_sided} == {quote["symbol"] for quote in with_price} == BY_SYMBOL.keys()
+
+
+def test_coins_come_in_fractions(week: list[dict[str, Any]]) -> None:
+    fractional = {
+        quote["symbol"]
+        for quote in week
+        for name in ("bid_size", "ask_size", "volume")
+        if Decimal(quote.get(name, 0)) % 1
+    }
+    assert fractional == {"BTC-USD", "ETH-USD", "DOGE-USD", "SOL-USD", "XRP-USD"}
 
 
 def test_times_rise_in_all_and_strictly_for_each_symbol(week: list[dict[str, Any]]) -> None:
@@ -103,7 +131,7 @@ def test_markets_are_busiest_at_the_open_and_the_close(week: list[dict[str, Any]
 
 def test_volatility_is_about_what_the_instrument_says(week: list[dict[str, Any]]) -> None:
     for symbol in ("BTC-USD", "EURUSD=X", "AAPL"):
-        prices = [float(quote["price"]) for quote in week if quote["symbol"] == symbol]
+        prices = [float(quote["price"]) for quote in week if quote["symbol"] == symbol and "price" in quote]
         day = BY_SYMBOL[symbol].volatility / 16
         assert 0.3 * day < max(prices) / min(prices) - 1 < 15 * day
 
@@ -119,7 +147,7 @@ def test_a_seed_gives_the_same_quotes_whenever_the_history_starts_and_ends() -> 
 
 def test_prices_do_not_jump_where_trading_does_not_pause(week: list[dict[str, Any]]) -> None:
     for symbol, limit in (("BTC-USD", 0.01), ("DOGE-USD", 0.02)):
-        prices = [float(quote["price"]) for quote in week if quote["symbol"] == symbol]
+        prices = [float(quote["price"]) for quote in week if quote["symbol"] == symbol and "price" in quote]
         assert max(abs(later / earlier - 1) for earlier, later in pairwise(prices)) < limit
 
 
@@ -143,7 +171,7 @@ def test_live_quotes_keep_the_rate_on_a_weekend() -> None:
 
 
 def receipt(received: int) -> httpx.Response:
-    return httpx.Response(200, content=msgspec.json.encode(Receipt(received, received, 0, 0, 0, 0, 0, [])))
+    return httpx.Response(200, content=msgspec.json.encode(Receipt(received, received)))
 
 
 def accept(request: httpx.Request) -> httpx.Response:

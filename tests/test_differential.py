@@ -1,8 +1,9 @@
 """Hypertable, columnstore and rollups give the answers of a dictionary, whatever is done to them, in any order.
 
-Seeded sequences of ingest, late rows, corrections, deletes, refresh, compression, decompression and retention run
-on each lane. Invariant: after every operation range, latest, count and bars equal the model, the rollups being as
-stale as the sequence left them. Plain PostgreSQL runs the operations that it has.
+Seeded sequences of ingest, late rows, corrections, merges, deletes, refresh, compression, decompression and retention
+run on each lane, over trades and quotes of one side or both that lie nanoseconds apart. Invariant: after every
+operation range, latest, count and bars of trades and mids equal the model, the rollups being as stale as the sequence
+left them. Plain PostgreSQL runs the operations that it has.
 
 DIFFERENTIAL_SEQUENCES sets how many sequences run (300 for a full run); DIFFERENTIAL_SEED repeats a run, and
 DIFFERENTIAL_FIRST begins later in it, so that one sequence can be repeated, or a run be shared out.
@@ -17,10 +18,12 @@ from typing import Any, Final
 
 import pytest
 
+from app.clock import floor, nanoseconds, rfc3339_nano
 from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.migrate import migrate
-from app.repository.bars import Bar
+from app.quote.fields import COLUMNS, VALUES
+from app.repository.bars import Bar, BarPrice
 from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane, about, patiently, random_symbol
 
@@ -40,9 +43,27 @@ INTERVALS: Final = (
 ROLLUPS: Final = (("ohlc_1m", timedelta(minutes=1)), ("ohlc_1h", timedelta(hours=1)), ("ohlc_1d", DAY))
 ORIGIN: Final = datetime(2000, 1, 3, tzinfo=UTC)
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+PRICES: Final[tuple[BarPrice, ...]] = ("last", "mid")
 
-Key = tuple[str, datetime]
+#: Symbol, and nanoseconds since 1970.
+Key = tuple[str, int]
+#: A quote as it is stored, by column.
 Row = dict[str, Any]
+
+
+def stored_row(symbol: str, instant: int, **values: Any) -> Row:
+    """A quote as it is stored, null where nothing is given."""
+    given = {"symbol": symbol, "timestamp": floor(instant), "nanos": instant % 1000, **values}
+    return {name: given.get(name) for name in COLUMNS.names}
+
+
+def key_of(row: Row) -> Key:
+    return row["symbol"], nanoseconds(row["timestamp"]) + row["nanos"]
+
+
+def sent(row: Row) -> Row:
+    """A quote as a client sends it."""
+    return {**{name: row[name] for name in ("symbol", *VALUES)}, "timestamp": rfc3339_nano(key_of(row)[1])}
 
 
 def midnight(moment: datetime) -> datetime:
@@ -62,44 +83,57 @@ class Model:
 
     def write(self, rows: list[Row], on_conflict: str) -> None:
         for row in rows:
-            key = (row["symbol"], row["timestamp"])
-            if on_conflict == "ignore" and key in self.rows:
-                continue
-            self.rows[key] = row
+            key = key_of(row)
+            stored = self.rows.get(key)
+            if stored is None or on_conflict == "update":
+                stored = row
+            elif on_conflict == "merge":
+                stored = {name: stored[name] if value is None else value for name, value in row.items()}
+            self.rows[key] = stored
             held = self.newest.get(row["symbol"])
-            if held is None or row["timestamp"] >= held["timestamp"]:
-                self.newest[row["symbol"]] = row
+            if held is None or key >= key_of(held):
+                self.newest[row["symbol"]] = stored
 
-    def delete(self, symbol: str, start: datetime, end: datetime) -> None:
+    def delete(self, symbol: str, start: int, end: int) -> None:
         for key in [key for key in self.rows if key[0] == symbol and start <= key[1] < end]:
             del self.rows[key]
-        if symbol in self.newest and start <= self.newest[symbol]["timestamp"] < end:
+        if symbol in self.newest and start <= key_of(self.newest[symbol])[1] < end:
             left = [row for row in self.raw() if row["symbol"] == symbol]
             del self.newest[symbol]
             if left:
                 self.newest[symbol] = left[-1]
 
     def raw(self) -> list[Row]:
-        return [self.rows[key] for key in sorted(self.rows) if key[1] >= self.kept_from]
+        kept_from = nanoseconds(self.kept_from)
+        return [self.rows[key] for key in sorted(self.rows) if key[1] >= kept_from]
 
-    def bars(self, width: timedelta) -> list[tuple[Any, ...]]:
-        grouped: dict[Key, list[Row]] = {}
-        for symbol, moment in sorted(self.rows):
-            bucket = moment - (moment - ORIGIN) % width
-            grouped.setdefault((symbol, bucket), []).append(self.rows[symbol, moment])
-        return [(*key, *_bar(rows)) for key, rows in grouped.items()]
+    def bars(self, width: timedelta, price: BarPrice = "last") -> list[tuple[Any, ...]]:
+        grouped: dict[tuple[str, datetime], list[tuple[Decimal, Decimal | None]]] = {}
+        for key in sorted(self.rows):
+            row = self.rows[key]
+            value = _value(row, price)
+            if value is not None:
+                bucket = row["timestamp"] - (row["timestamp"] - ORIGIN) % width
+                grouped.setdefault((row["symbol"], bucket), []).append((value, row["volume"]))
+        return [(*place, *_bar(values)) for place, values in grouped.items()]
 
 
-def _bar(rows: list[Row]) -> tuple[Any, ...]:
-    prices = [row["price"] for row in rows]
-    traded = [row for row in rows if row["volume"] is not None]
-    volume = sum(row["volume"] for row in traded) if traded else None
+def _value(row: Row, price: BarPrice) -> Decimal | None:
+    if price == "last":
+        return row["price"]  # type: ignore[no-any-return]
+    return None if row["bid"] is None or row["ask"] is None else (row["bid"] + row["ask"]) / 2
+
+
+def _bar(values: list[tuple[Decimal, Decimal | None]]) -> tuple[Any, ...]:
+    prices = [price for price, _ in values]
+    traded = [(price, volume) for price, volume in values if volume is not None]
+    volume = sum(volume for _, volume in traded) if traded else None
     vwap = None
     if volume:
         with localcontext(prec=60):
-            turnover = sum((row["price"] * row["volume"] for row in traded), Decimal(0))
-            vwap = (turnover / volume).quantize(Decimal("1e-8"), ROUND_HALF_UP)
-    return (prices[0], max(prices), min(prices), prices[-1], volume, vwap, len(rows))
+            turnover = sum((price * size for price, size in traded), Decimal(0))
+            vwap = (turnover / volume).quantize(Decimal("1e-16"), ROUND_HALF_UP)
+    return (prices[0], max(prices), min(prices), prices[-1], volume, vwap, len(values))
 
 
 def tuples(bars: list[Bar]) -> list[tuple[Any, ...]]:
@@ -132,29 +166,30 @@ class Sequence:
         """Where the refresh policies begin."""
         return EPOCH if self.retention is None else datetime.now(UTC) - self.retention + DAY
 
-    def moment(self) -> datetime:
-        """A time that ingest takes, on the seconds or off them."""
+    @property
+    def oldest(self) -> int:
+        """Before it ingest takes nothing."""
+        return nanoseconds(self.floor + DAY + timedelta(minutes=5))
+
+    def moment(self) -> int:
+        """An instant that ingest takes, on the seconds or off them, in nanoseconds since 1970."""
         rng = self.rng
         while True:
             day = midnight(self.now - rng.choice(self.days) * DAY)
             at = day + timedelta(hours=rng.choice((0, 1, 12, 23)), minutes=rng.choice((0, 1, 6, 7, 30, 59)))
             at += timedelta(seconds=rng.choice((0, 0, 1, 30, 59)), microseconds=rng.choice((0, 0, 1, 999_999)))
-            if max(self.now - SPAN, self.floor + DAY + timedelta(minutes=5)) <= at <= self.now:
-                return at
+            instant = nanoseconds(at) + rng.choice((0, 0, 1, 2, 999))
+            if max(nanoseconds(self.now - SPAN), self.oldest) <= instant <= nanoseconds(self.now):
+                return instant
 
-    def row(self, symbol: str, at: datetime) -> Row:
+    def row(self, symbol: str, at: int) -> Row:
         rng = self.rng
-        return {
-            "symbol": symbol,
-            "timestamp": at,
-            "price": Decimal(rng.randint(1, 10_000)) / 8,
-            "bid": rng.choice((None, Decimal(rng.randint(1, 999)))),
-            "ask": rng.choice((None, Decimal(rng.randint(1, 999)))),
-            "bid_size": rng.choice((None, 0, 5)),
-            "ask_size": None,
-            "volume": rng.choice((None, 0, 1, 7, 100)),
-            "source": rng.choice((None, "a")),
-        }
+        price, bid, ask = (rng.choice((None, Decimal(rng.randint(1, 10_000)) / 8)) for _ in range(3))
+        return stored_row(
+            symbol, at, price=Decimal(7) if price is bid is ask is None else price, bid=bid, ask=ask,
+            bid_size=rng.choice((None, 0, 5)), volume=rng.choice((None, 0, 1, Decimal("0.125"), 100)),
+            source=rng.choice((None, "a")),
+        )  # fmt: skip
 
     async def sql(self, statement: str, *arguments: Any) -> list[Any]:
         async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
@@ -167,9 +202,9 @@ class Sequence:
     # --- operations: each says what it did ---
 
     async def write(self, rows: list[Row], on_conflict: Any = "update") -> str:
-        unique = {(row["symbol"], row["timestamp"]): row for row in rows}
+        unique = {key_of(row): row for row in rows}
         given = list(unique.values())
-        receipt = await self.quotes.bulk_insert(given, on_conflict=on_conflict)
+        receipt = await self.quotes.bulk_insert([sent(row) for row in given], on_conflict=on_conflict)
         expected = sum(key not in self.model.rows for key in unique)
         assert receipt.inserted == expected, (receipt, expected)
         self.model.write(given, on_conflict)
@@ -181,35 +216,35 @@ class Sequence:
 
     async def late(self) -> str:
         symbol, at = self.rng.choice(self.symbols), self.moment()
-        return f"late {symbol} {at}: " + await self.write([self.row(symbol, at)], self.rng.choice(("update", "ignore")))
+        rule = self.rng.choice(("update", "merge", "ignore"))
+        return f"late {symbol} {rfc3339_nano(at)}: " + await self.write([self.row(symbol, at)], rule)
 
     async def corrections(self) -> str:
-        oldest = self.floor + DAY + timedelta(minutes=5)
-        known = [row for row in self.model.raw() if row["timestamp"] >= oldest]
+        known = [row for row in self.model.raw() if key_of(row)[1] >= self.oldest]
         if not known:
             return "nothing to correct"
         rows = self.rng.sample(known, min(len(known), self.rng.randint(1, 10)))
-        changed = [self.row(r["symbol"], r["timestamp"]) if self.rng.random() < 0.7 else r for r in rows]
+        changed = [self.row(*key_of(row)) if self.rng.random() < 0.7 else row for row in rows]
         fresh = [self.row(self.rng.choice(self.symbols), self.moment()) for _ in range(self.rng.randint(0, 3))]
-        unique = {(row["symbol"], row["timestamp"]): row for row in changed + fresh}
-        on_conflict = self.rng.choice(("update", "ignore"))
-        rows = list(unique.values())
-        return "corrections: " + await self.write(rows, on_conflict)
+        return "corrections: " + await self.write(changed + fresh, self.rng.choice(("update", "merge", "ignore")))
 
     async def delete(self) -> str:
         symbol = self.rng.choice(self.symbols)
-        start = max(self.moment(), self.floor + DAY)
-        end = start + self.rng.choice((timedelta(microseconds=1), timedelta(minutes=7), DAY, 20 * DAY))
-        expected = sum(row["symbol"] == symbol and start <= row["timestamp"] < end for row in self.model.raw())
+        start = self.moment() + self.rng.choice((0, 0, 1))
+        end = start + self.rng.choice((1, 2, 1000, 7 * 60 * 10**9, 86_400 * 10**9, 20 * 86_400 * 10**9))
+        what = f"deleted {symbol} from {rfc3339_nano(start)} to {rfc3339_nano(end)}"
+        expected = sum(key_of(row)[0] == symbol and start <= key_of(row)[1] < end for row in self.model.raw())
         self.model.delete(symbol, start, end)
         if self.rng.random() < 0.8:
-            assert await self.quotes.delete_quotes(symbol, start, end) == expected
-            return f"deleted {symbol} from {start} to {end}"
+            assert await self.quotes.delete_quotes(symbol, start, end) == expected, what
+            return what
         await self.sql(
-            "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3", symbol, start, end
-        )
+            "DELETE FROM quotes.real_time WHERE symbol = $1"
+            " AND (timestamp, nanos) >= ($2, $3) AND (timestamp, nanos) < ($4, $5)",
+            symbol, floor(start), start % 1000, floor(end), end % 1000,
+        )  # fmt: skip
         self.model.unknown.add(symbol)
-        return f"deleted {symbol} from {start} to {end} by SQL"
+        return what + " by SQL"
 
     async def chunks(self, *, compressed: bool) -> list[str]:
         rows = await self.sql(
@@ -293,16 +328,28 @@ class Sequence:
             if symbol not in model.unknown:
                 latest = await quotes.get_latest_quote(symbol)
                 assert (latest and latest.to_dict()) == model.newest.get(symbol), f"latest of {symbol}"
-        for interval, width in INTERVALS:
-            bars = await quotes.get_bars(self.symbols, interval, start, end, limit=100_000)
-            assert tuples(bars) == model.bars(width), f"bars of {interval}"
-        # A range that begins and ends anywhere: the bars that start in it, whole.
+        for price in PRICES:
+            for interval, width in INTERVALS:
+                bars = await quotes.get_bars(self.symbols, interval, start, end, price=price, limit=100_000)
+                assert tuples(bars) == model.bars(width, price), f"bars of {interval}, {price}"
+        await self.compare_a_range(start)
+
+    async def compare_a_range(self, start: datetime) -> None:
+        """A range that begins and ends anywhere: the quotes in it, and the bars that start in it, whole."""
+        model, quotes = self.model, self.quotes
+        first, last = sorted((self.moment(), self.moment() + self.rng.choice((1, 2, 1000, 10**12))))
+        if first < last:
+            inside = [row for row in model.raw() if first <= key_of(row)[1] < last]
+            ranged = await quotes.get_quotes(self.symbols, first, last, limit=100_000)
+            assert [row.to_dict() for row in ranged] == inside, f"range from {first} to {last}"
+            assert await quotes.count_quotes(self.symbols, first, last) == len(inside)
         interval, width = self.rng.choice(INTERVALS)
+        price = self.rng.choice(PRICES)
         low = start + self.rng.random() * SPAN
         high = low + width + self.rng.random() * 40 * DAY
-        bars = await quotes.get_bars(self.symbols, interval, low, high, limit=100_000)
-        inside = [bar for bar in model.bars(width) if low <= bar[1] < high]
-        assert tuples(bars) == inside, f"bars of {interval} from {low} to {high}"
+        bars = await quotes.get_bars(self.symbols, interval, low, high, price=price, limit=100_000)
+        expected = [bar for bar in model.bars(width, price) if low <= bar[1] < high]
+        assert tuples(bars) == expected, f"bars of {interval}, {price}, from {low} to {high}"
 
     async def run(self) -> None:
         if self.community:
@@ -321,7 +368,7 @@ class Sequence:
             await self.compare()
 
 
-async def _without_scheduler(connection: Connection) -> None:
+async def without_scheduler(connection: Connection) -> None:
     """Policies run when a sequence says so."""
     for row in await connection.fetch("SELECT job_id FROM timescaledb_information.jobs WHERE job_id >= 1000"):
         await connection.execute("SELECT alter_job($1, scheduled => false)", row[0])
@@ -336,7 +383,7 @@ async def test_sequences_answer_as_the_model(lane: Lane, empty_url: str, record_
     try:
         if database.capability.level >= Level.COMMUNITY:
             async with database.dedicated() as connection:
-                await _without_scheduler(connection)
+                await without_scheduler(connection)
         for number in range(FIRST, FIRST + SEQUENCES):
             sequence = Sequence(lane, database, random.Random(f"{SEED}/{number}"))
             try:

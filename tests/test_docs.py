@@ -3,15 +3,19 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import REGISTRY
 from typer.testing import CliRunner
 
 from app import __version__, cli, errors
+from app.api.ingest import IngestQuery
 from app.formats import FORMATS
 from app.main import create_app
-from app.model import ALIASES
+from app.quote.fields import ALIASES, NAMES
+from app.quote.terms import Receipt
+from app.repository.bars import BarPrice, Reason
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -51,11 +55,35 @@ def test_every_metric_is_documented_and_nothing_else() -> None:
 def test_every_problem_and_every_code_is_documented() -> None:
     codes = {kind.code for kind in _tree(errors.QuotesError)} - {"internal-error", "startup-error", "client-error"}
     # In these modules every hyphenated word in quotes is the code of a refused row.
-    for module in ("batch.py", "formats/csv.py", "repository/ingest.py"):
+    for module in ("clock.py", "quote/rules.py", "quote/rows.py", "formats/csv.py", "repository/ingest.py"):
         codes |= set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', (ROOT / "app" / module).read_text()))
     assert len(codes) > 25
     for code in codes:
         assert f"`{code}`" in API, code
+
+
+def _documented(opening: str) -> list[str]:
+    """The names in the first column of a table of the API, given its first two lines."""
+    table = API.partition(opening)[2].partition("\n\n")[0]
+    return [name for row in table.splitlines() for name in re.findall(r"`(\w[\w-]*)`", row.split("|")[1])]
+
+
+def test_every_field_is_documented_and_nothing_else() -> None:
+    assert _documented("| field | rule |\n|---|---|\n") == list(NAMES)
+
+
+def test_every_option_and_every_figure_of_ingest_is_documented() -> None:
+    for name, schema in IngestQuery.model_json_schema()["properties"].items():
+        assert f"`{name}=" in API, name
+        for kind in schema.get("anyOf", [schema]):
+            for choice in kind.get("enum", ()):
+                assert re.search(rf"[`=|]{choice}[`|]", API), (name, choice)
+    assert _documented("| member | counts |\n|---|---|\n") == list(Receipt.__struct_fields__)
+
+
+def test_every_price_of_a_bar_and_every_reason_for_none_is_documented() -> None:
+    assert set(_documented("| `price` | made of |\n|---|---|\n")) == set(get_args(BarPrice))
+    assert set(_documented("| reason | |\n|---|---|\n")) == set(get_args(Reason))
 
 
 def test_every_other_name_of_a_field_is_documented_and_nothing_else() -> None:

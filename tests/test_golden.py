@@ -1,4 +1,4 @@
-"""The migrated catalog equals the snapshot of its capability level: tables, indexes, aggregates, policies, jobs.
+"""The migrated catalog equals the snapshot of its capability level: tables, comments, indexes, policies, jobs.
 
 Invariant: a snapshot names nothing that differs between two servers of a level: no ids, versions or generated
 names. `UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py` rewrites the snapshots of the levels that ran;
@@ -35,10 +35,18 @@ SELECT c.relname::text, CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view
        ARRAY(SELECT conname || ' ' || pg_get_constraintdef(k.oid) FROM pg_constraint k
              WHERE k.conrelid = c.oid AND k.contype IN ('p', 'u', 'f', 'c', 'x') ORDER BY 1),
        ARRAY(SELECT tgname::text FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT tgisinternal
-             AND tgname NOT LIKE 'ts_%' ORDER BY 1)
+             AND tgname NOT LIKE 'ts_%' ORDER BY 1), obj_description(c.oid, 'pg_class')
 FROM pg_class c WHERE c.relnamespace = 'quotes'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p') ORDER BY 1
 """
-FUNCTIONS: Final = "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'quotes'::regnamespace ORDER BY 1"
+COMMENTS: Final = """
+SELECT c.relname::text, a.attname::text, col_description(c.oid, a.attnum)
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = 'quotes'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p') ORDER BY c.relname, a.attnum
+"""
+FUNCTIONS: Final = """
+SELECT oid::regprocedure::text, pg_get_functiondef(oid), obj_description(oid, 'pg_proc')
+FROM pg_proc WHERE pronamespace = 'quotes'::regnamespace ORDER BY 1
+"""
 HYPERTABLES: Final = """
 SELECT hypertable_name::text, column_name::text, time_interval::text FROM timescaledb_information.dimensions
 WHERE hypertable_schema = 'quotes' ORDER BY 1, dimension_number
@@ -64,6 +72,9 @@ async def snapshot(connection: Connection, level: Level) -> dict[str, Any]:
     columns: dict[str, list[str]] = {}
     for relation, column in await connection.fetch(COLUMNS):
         columns.setdefault(relation, []).append(column)
+    comments: dict[str, dict[str, str]] = {}
+    for relation, column, comment in await connection.fetch(COMMENTS):
+        comments.setdefault(relation, {})[column] = comment
     aggregates = {}
     if level >= Level.COMMUNITY:
         aggregates = {
@@ -71,7 +82,7 @@ async def snapshot(connection: Connection, level: Level) -> dict[str, Any]:
             for row in await connection.fetch(AGGREGATES)
         }
     relations = {}
-    for name, kind, options, definition, indexes, constraints, triggers in await connection.fetch(RELATIONS):
+    for name, kind, options, definition, indexes, constraints, triggers, comment in await connection.fetch(RELATIONS):
         entry = {
             "kind": "aggregate" if name in aggregates else kind,
             "columns": columns[name],
@@ -81,9 +92,15 @@ async def snapshot(connection: Connection, level: Level) -> dict[str, Any]:
             "indexes": indexes,
             "constraints": constraints,
             "triggers": triggers,
+            "comment": comment,
+            "comments": comments[name],
         }
         relations[name] = {key: value for key, value in entry.items() if value}
-    found: dict[str, Any] = {"relations": relations, "functions": [r[0] for r in await connection.fetch(FUNCTIONS)]}
+    functions = {
+        name: {"definition": _lines(definition), "comment": comment}
+        for name, definition, comment in await connection.fetch(FUNCTIONS)
+    }
+    found: dict[str, Any] = {"relations": relations, "functions": functions}
     if level >= Level.APACHE:
         found["hypertables"] = [list(row) for row in await connection.fetch(HYPERTABLES)]
     if level >= Level.COMMUNITY:

@@ -18,7 +18,7 @@ from tests.conftest import Lane, running
 COMMUNITY = Capability.of(("18.6", "2.29.2", "timescale"))
 APACHE = Capability.of(("18.6", "2.29.2", "apache"))
 PLAIN = Capability.of(("18.6", None, None))
-GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp"], 7, "0004")
+GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp", "nanos"], 7, "r4")
 
 
 class Looking(SystemRepository):
@@ -37,7 +37,7 @@ class Looking(SystemRepository):
 
 async def verdict(shown: Observation | Exception, required: str = "community") -> Report:
     settings = Settings(_env_file=None, require_timescaledb=required)
-    return await Health(Looking(shown), settings, "0004").report()
+    return await Health(Looking(shown), settings, "r4").report()
 
 
 def change(**fields: Any) -> Observation:
@@ -53,7 +53,7 @@ def change(**fields: Any) -> Observation:
         (change(capability=PLAIN, chunks=None), "apache", ("healthy", "unhealthy", "healthy"), "unhealthy"),
         (change(capability=PLAIN, chunks=None), "none", ("healthy", "skipped", "healthy"), "healthy"),
         (change(chunks=None), "community", ("healthy", "healthy", "degraded"), "degraded"),
-        (change(revision="0001"), "community", ("healthy", "healthy", "degraded"), "degraded"),
+        (change(revision="r1"), "community", ("healthy", "healthy", "degraded"), "degraded"),
         (change(revision=None), "community", ("healthy", "healthy", "degraded"), "degraded"),
         (change(table_exists=False), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),
         (change(primary_key=["symbol"]), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),
@@ -75,7 +75,7 @@ async def test_verdicts(
 
 async def test_many_probes_share_one_look() -> None:
     looking = Looking(GOOD)
-    health = Health(looking, Settings(_env_file=None), "0004")
+    health = Health(looking, Settings(_env_file=None), "r4")
     for _ in range(5):
         await health.report()
     assert looking.looks == 1
@@ -112,7 +112,7 @@ async def test_health_of_a_database_that_went_away(lane: Lane) -> None:
     settings = lane.make_settings()
     nowhere = Database("postgresql://nobody@127.0.0.1:1/none", settings)
     began = time.monotonic()
-    report = await Health(SystemRepository(nowhere), settings, "0004").report()
+    report = await Health(SystemRepository(nowhere), settings, "r4").report()
     assert report.status == "unhealthy"
     assert time.monotonic() - began < 10
     assert "postgresql://" not in str(report.to_dict())

@@ -11,17 +11,23 @@ from typing import Any, Final
 
 import pytest
 
+from app.clock import Interval, nanoseconds
 from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.migrate import migrate
+from app.repository.bars import BarSpec
 from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Range
 from app.settings import Settings
 from tests.conftest import Lane, about, random_symbol, refresh
 
 DAY: Final = timedelta(days=1)
 CLIENTS: Final = 8
 #: Locks that a statement may hold, however long the history; a refused one fails for all clients alike.
-MOST: Final = {"latest": 10, "range of a day": 20, "bars of a day": 60, "bars of a week": 80}
+MOST: Final = {
+    "latest": 10, "range of a day": 20, "range of a nanosecond": 20, "count of a day": 20, "bars of a day": 60,
+    "bars of a week": 80, "bars of mids": 60, "what has no bars": 80,
+}  # fmt: skip
 
 
 class _Within(Database):
@@ -69,7 +75,14 @@ async def test_locks_do_not_grow_with_the_history(lane: Lane, empty_url: str, re
         for part in range(0, days, 73):
             await quotes.bulk_insert(
                 [
-                    {"symbol": symbol, "timestamp": today - (part + i) * DAY - DAY / 2, "price": i + 1, "volume": 1}
+                    {
+                        "symbol": symbol,
+                        "timestamp": today - (part + i) * DAY - DAY / 2,
+                        "price": i + 1,
+                        "volume": 1,
+                        "bid": i + 1,
+                        "ask": i + 3,
+                    }
                     for i in range(min(73, days - part))
                 ]
             )
@@ -90,8 +103,16 @@ async def test_locks_do_not_grow_with_the_history(lane: Lane, empty_url: str, re
         reads: dict[str, Callable[[QuoteRepository], Awaitable[Any]]] = {
             "latest": lambda q: q.get_latest_quote(symbol),
             "range of a day": lambda q: q.get_quotes(symbol, at - DAY, at),
+            "range of a nanosecond": lambda q: q.get_quotes(
+                [symbol, "NOBODY"], nanoseconds(at - DAY / 2), nanoseconds(at - DAY / 2) + 1
+            ),
+            "count of a day": lambda q: q.count_quotes(symbol, nanoseconds(at - DAY) + 1, nanoseconds(at) + 1),
             "bars of a day": lambda q: q.get_bars(symbol, "5m", at - DAY, at),
             "bars of a week": lambda q: q.get_bars(symbol, "1h", at - 7 * DAY, at),
+            "bars of mids": lambda q: q.get_bars(symbol, "5m", at - DAY, at, price="mid"),
+            "what has no bars": lambda q: q.bars_page(
+                Range(["NOBODY", symbol], nanoseconds(at - DAY), nanoseconds(at - DAY / 2)), BarSpec(Interval(1, "h"))
+            ),
         }
         held = {name: await locks(database, settings, read) for name, read in reads.items()}
         held["count of all"] = await locks(database, settings, lambda q: q.count_quotes(symbol))

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from app.api.headers import prefers_minimal
-from app.batch import Batch
 from app.client import Client, Refused
 from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.migrate import migrate
 from app.errors import Conflict, IdempotencyKeyInUse, IdempotencyKeyReused, QuotesError
 from app.main import create_app
-from app.model import OnConflict, Receipt
+from app.quote.batch import Batch
+from app.quote.terms import OnConflict, Receipt
 from app.repository.ingest import Write
 from app.repository.quotes import QuoteRepository
 from app.repository.receipts import IdempotencyKey, Receipts, Replayed
@@ -59,18 +59,19 @@ def replayed(answer: httpx.Response) -> bool:
 # --- the same again, and something else ---
 
 
-@pytest.mark.parametrize("on_conflict", ["update", "ignore", "error"])
+@pytest.mark.parametrize("on_conflict", ["update", "merge", "ignore", "error"])
 async def test_the_same_request_gets_the_same_receipt(
     client: httpx.AsyncClient, symbol: str, on_conflict: OnConflict
 ) -> None:
     key = new_key()
-    rows = [row(symbol), row(symbol, 1), row(symbol, 1, 2), row(symbol, 2, -1), row(symbol, 3, "1.123456789")]
+    rows = [row(symbol), row(symbol, 1), row(symbol, 1, 2), row(symbol, 2, -1), row(symbol, 3, "1.1234567890123")]
     query = {"on_conflict": on_conflict, "on_error": "skip"}
     first = await post(client, key, rows, **query)
     assert first.status_code == 200, first.text
     assert not replayed(first)
     assert first.json()["inserted"] == 3
     assert first.json()["rejected"]
+    assert first.json()["rounded"] == 1
     # The stored rows change; to store the first request again would be seen.
     await client.post("/v1/quotes", json=[row(symbol, 0, 9)])
     for _ in range(2):
@@ -89,7 +90,11 @@ async def test_another_request_cannot_have_the_key(client: httpx.AsyncClient, sy
     others = [
         await post(client, key, [row(symbol, 1)]),
         await post(client, key, rows, on_conflict="ignore"),
+        await post(client, key, rows, on_conflict="merge"),
         await post(client, key, rows, on_error="skip"),
+        await post(client, key, rows, ties="number"),
+        await post(client, key, rows, prices="signed"),
+        await post(client, key, rows, precision="ns"),
         await post(client, key, [row(symbol, 0, -1)]),
         await client.post(
             "/v1/quotes",
@@ -374,7 +379,7 @@ async def test_the_expiry_is_published(lane: Lane) -> None:
 Operation = tuple[int, OnConflict, list[tuple[int, int]]]
 OPERATIONS = st.tuples(
     st.integers(0, 3),  # key; 0 is none
-    st.sampled_from(["update", "ignore", "error"]),
+    st.sampled_from(["update", "merge", "ignore", "error"]),
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 2)), min_size=1, max_size=3, unique_by=lambda pair: pair[0]),
 )
 
@@ -424,7 +429,7 @@ async def against_a_dict(quotes: QuoteRepository, flushes: list[list[Operation]]
             result = store(table, on_conflict, dict(rows))
             expected.append(result or Conflict)
             if key and result:
-                kept[key] = (print_, Replayed(**{name: getattr(result, name) for name in FIELDS}))
+                kept[key] = (print_, Replayed(**{name: getattr(result, name) for name in NAMES}))
         if len(writes) == 1 and not isinstance(expected[0], Replayed):
             before = await prices(quotes, symbol)
             (dry,) = await quotes.write([Write(writes[0].batch, writes[0].on_conflict, dry_run=True)])
@@ -436,7 +441,9 @@ async def against_a_dict(quotes: QuoteRepository, flushes: list[list[Operation]]
         assert await prices(quotes, symbol) == table
 
 
-FIELDS = ("received", "inserted", "updated", "unchanged", "superseded", "rounded", "crossed", "rejected")
+NAMES = (
+    "received", "inserted", "updated", "unchanged", "superseded", "numbered", "rounded", "zeros", "crossed", "rejected",
+)  # fmt: skip
 
 
 def store(table: dict[int, int], on_conflict: OnConflict, rows: dict[int, int]) -> Receipt | None:
@@ -444,9 +451,10 @@ def store(table: dict[int, int], on_conflict: OnConflict, rows: dict[int, int]) 
     stored = rows.keys() & table.keys()
     if on_conflict == "error" and stored:
         return None
-    changed = {at for at in stored if table[at] != rows[at]} if on_conflict == "update" else set()
-    table.update(rows if on_conflict == "update" else {at: rows[at] for at in rows.keys() - stored})
-    return Receipt(len(rows), len(rows) - len(stored), len(changed), len(stored) - len(changed), 0, 0, 0, [])
+    replaces = on_conflict in {"update", "merge"}  # every row has a price, so there is nothing to merge
+    changed = {at for at in stored if table[at] != rows[at]} if replaces else set()
+    table.update(rows if replaces else {at: rows[at] for at in rows.keys() - stored})
+    return Receipt(len(rows), len(rows) - len(stored), len(changed), len(stored) - len(changed))
 
 
 def assert_equal(result: Receipt | QuotesError, expected: Receipt | type[QuotesError]) -> None:
@@ -474,7 +482,9 @@ async def test_a_dry_run_says_what_would_become_of_the_request(client: httpx.Asy
     for query in (
         {"on_error": "skip", "on_conflict": "error"},
         {"on_error": "skip", "on_conflict": "ignore"},
-        {"on_error": "skip"},
+        {"on_error": "skip", "on_conflict": "merge"},
+        {"on_error": "skip", "ties": "number"},
+        {"on_error": "skip", "prices": "signed"},
     ):
         before = await client.get("/v1/quotes/latest", params={"symbols": symbol})
         dry = await post(client, key, rows, dry_run="true", **query)
@@ -613,7 +623,7 @@ async def test_the_client_repeats_a_request_under_its_key() -> None:
     answers: list[httpx.Response | Exception] = [
         httpx.ReadError("lost"),
         httpx.Response(409, json=in_use, headers={"Retry-After": "0.01"}),
-        httpx.Response(200, content=msgspec.json.encode(Receipt(1, 1, 0, 0, 0, 0, 0, []))),
+        httpx.Response(200, content=msgspec.json.encode(Receipt(1, 1))),
         httpx.Response(409, json={"title": "Quotes already stored"}),
     ]
 

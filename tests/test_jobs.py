@@ -1,20 +1,23 @@
 """An hour of every background job over moving data ends in success, and the bars are those of the quotes.
 
-Invariant: each job runs as the scheduler runs it, by its own configuration, as often as it would in the hour.
+Invariant: each job runs as the scheduler runs it, by its own configuration, as often as it would in the hour; a server
+that has a scheduler leaves it to the test.
 """
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final
+from itertools import product
+from typing import Final
 
 import pytest
 
+from app.clock import nanoseconds
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.repository.quotes import QuoteRepository
-from tests.conftest import Lane, random_symbol
-from tests.test_differential import DAY, Model, tuples
+from tests.conftest import Lane, patiently, random_symbol
+from tests.test_differential import DAY, PRICES, Model, sent, stored_row, tuples, without_scheduler
 
 STEPS: Final = 12
 HOUR: Final = timedelta(hours=1)
@@ -37,15 +40,18 @@ async def test_an_hour_of_jobs_succeeds(lane: Lane, empty_url: str) -> None:
     try:
         if database.capability.level < Level.COMMUNITY:
             pytest.skip(f"the level of this lane is {database.capability.level}")
+        async with database.dedicated() as connection:
+            await without_scheduler(connection)
         quotes, model, symbol = QuoteRepository(database, settings), Model(), random_symbol()
         now = datetime.now(UTC)
 
         async def store(moments: list[datetime]) -> None:
-            rows: list[dict[str, Any]] = [
-                {"symbol": symbol, "timestamp": at, "price": Decimal(1 + i % 50) / 8, "volume": i % 7}
-                for i, at in enumerate(moments)
-            ]
-            await quotes.bulk_insert(rows)
+            rows = []
+            for i, at in enumerate(moments):
+                price, instant = Decimal(1 + i % 50) / 8, nanoseconds(at)
+                rows.append(stored_row(symbol, instant, price=price, volume=i % 7))
+                rows.append(stored_row(symbol, instant + 1, bid=price, ask=price + 1 if i % 3 else None))
+            await quotes.bulk_insert([sent(row) for row in rows])
             model.write(rows, "update")
 
         # Old enough for the columnstore and the edge of retention, new enough for the refreshes.
@@ -61,10 +67,10 @@ async def test_an_hour_of_jobs_succeeds(lane: Lane, empty_url: str) -> None:
                     # As often as due in the hour; what is due less often than that, in its last step.
                     due = max(every, HOUR / STEPS) if every < HOUR else HOUR
                     if (step + 1) % round(due / (HOUR / STEPS)) == 0:
-                        await connection.execute(f"CALL run_job({job_id})")
-        for interval, width in (("1m", timedelta(minutes=1)), ("1h", HOUR), ("1d", DAY)):
-            bars = await quotes.get_bars(symbol, interval, now - 70 * DAY, now + DAY, limit=100_000)
-            assert tuples(bars) == model.bars(width), interval
+                        await patiently(connection, f"CALL run_job({job_id})")
+        for (interval, width), price in product((("1m", timedelta(minutes=1)), ("1h", HOUR), ("1d", DAY)), PRICES):
+            bars = await quotes.get_bars(symbol, interval, now - 70 * DAY, now + DAY, price=price, limit=100_000)
+            assert tuples(bars) == model.bars(width, price), (interval, price)
         async with database.dedicated(statement_timeout=timedelta(minutes=1)) as connection:
             assert len(await connection.fetch(JOBS)) == 5
             compressed = await connection.fetchval(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import load
-from app.batch import Batch
 from app.client import Client
+from app.clock import nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
 from app.load import Converter, LoadOptions, LoadReport, column_map, match_columns
-from app.model import Limits, Receipt, Terms
+from app.quote.batch import Batch
+from app.quote.terms import Limits, Terms
 
 DAILY = ",Open,High,Low,Close,Adj Close,Volume\n2004-08-19,100,104.06,95.96,100.340,50.1,22351900.0\n"
 
 
+#: Nanoseconds of 2026-01-05T00:00Z.
+MONDAY = nanoseconds(datetime(2026, 1, 5, tzinfo=UTC))
+
+
 class Store:
-    """A service of dictionaries, with the real rules of a quote."""
+    """A service of dictionaries, with the real rules of a quote; a row's key is its symbol and nanoseconds."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[str, datetime], dict[str, Any]] = {}
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
         self.requests: list[list[dict[str, Any]]] = []
         self.delay: Callable[[int], float] = lambda _number: 0
 
@@ -45,18 +51,34 @@ class Store:
         self.requests.append(rows)
         await asyncio.sleep(self.delay(len(self.requests)))
         params = request.url.params
-        batch = Batch.from_rows(rows, Terms(Limits.at(datetime.now(UTC), max_rows=100_000), params["on_error"]))  # type: ignore[arg-type]
+        on_error: Any = params["on_error"]
+        on_conflict: Any = params["on_conflict"]
+        prices: Any = params.get("prices", "positive")
+        limits = Limits.at(datetime.now(UTC), max_rows=100_000)
+        terms = Terms(limits, on_error, on_conflict, prices=prices)
+        batch = Batch.from_rows(rows, terms)
         inserted = updated = 0
         for row in batch.rows.to_pylist():
-            key = (row["symbol"], row["timestamp"])
-            inserted += key not in self.rows
-            updated += key in self.rows and self.rows[key] != row
+            key = (row["symbol"], nanoseconds(row["timestamp"]) + row["nanos"])
+            stored = self.rows.get(key)
+            if stored is not None and on_conflict == "merge":
+                row = {name: stored[name] if value is None else value for name, value in row.items()}  # noqa: PLW2901
+            inserted += stored is None
+            updated += stored is not None and stored != row
             self.rows[key] = row
-        unchanged = len(batch) - inserted - updated
-        receipt = Receipt(
-            len(rows), inserted, updated, unchanged, batch.superseded, batch.rounded, batch.crossed, batch.rejected
-        )
-        return httpx.Response(200, content=msgspec.json.encode(receipt))
+        return httpx.Response(
+            200, content=msgspec.json.encode(batch.receipt(
+                inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated
+            ))
+        )  # fmt: skip
+
+    def prices(self, symbol: str, start: int = MONDAY) -> dict[int, str]:
+        """Prices of a symbol by their nanosecond after `start`."""
+        return {
+            instant - start: f"{row['price'].normalize():f}"
+            for (name, instant), row in sorted(self.rows.items())
+            if name == symbol
+        }
 
     @property
     def transport(self) -> httpx.MockTransport:
@@ -107,6 +129,8 @@ def rejects(path: Path) -> list[dict[str, Any]]:
         (["Date", "Open", "Close"], {"price": "open"}, {"timestamp": 0, "price": 1}),
         (["Price", "Close"], {"timestamp": "Price"}, {"timestamp": 0, "price": 1}),
         (["Date", "Close", "Volume"], {"volume": ""}, {"timestamp": 0, "price": 1}),
+        (["Date", "Ask"], {}, {"timestamp": 0, "ask": 1}),  # a side is enough
+        (["Price", "Bid", "ts"], {"price": ""}, {"timestamp": 2, "bid": 1}),
     ],
 )  # fmt: skip
 def test_columns_are_found_by_their_names(names: list[str], explicit: dict[str, str], expected: dict[str, int]) -> None:
@@ -118,7 +142,8 @@ def test_columns_are_found_by_their_names(names: list[str], explicit: dict[str, 
     [
         (["Open", "Close"], {}, "--map timestamp=COLUMN"),
         (["Date", "Open"], {}, "--map price=COLUMN"),
-        (["Date", "bid"], {}, "--map price=COLUMN"),
+        (["Date", "bid_size", "volume"], {}, "--map price=COLUMN"),
+        (["Date", "Close"], {"price": ""}, "--map price=COLUMN"),
         (["Date", "Close"], {"price": "Mid"}, "no column 'Mid'"),
     ],
 )
@@ -137,16 +162,21 @@ def test_a_mapping_is_read_or_refused() -> None:
 @pytest.mark.parametrize(
     ("value", "tz", "expected"),
     [
-        ("2026-01-05T09:30:00Z", None, "2026-01-05T09:30:00Z"),
-        ("2026-01-05 09:30:00.123456789-05:00", "Asia/Tokyo", "2026-01-05T14:30:00.123456Z"),
-        ("2026-01-05 09:30:00 UTC", None, "2026-01-05T09:30:00Z"),
-        ("2026-01-05 09:30", "America/New_York", "2026-01-05T14:30:00Z"),
-        ("2026-07-05 09:30", "America/New_York", "2026-07-05T13:30:00Z"),
-        ("2026-01-05", "America/New_York", "2026-01-05T05:00:00Z"),
-        ("20260105", "UTC", "2026-01-05T00:00:00Z"),
-        (date(2026, 1, 5), "UTC", "2026-01-05T00:00:00Z"),
-        (datetime(2026, 1, 5, 9, 30), "Asia/Tokyo", "2026-01-05T00:30:00Z"),  # noqa: DTZ001
-        ("2018-11-04", "America/Sao_Paulo", "2018-11-04T03:00:00Z"),  # a day without a midnight
+        ("2026-01-05T09:30:00Z", None, "2026-01-05T09:30:00.000000000Z"),
+        ("2026-01-05 09:30:00.123456789-05:00", "Asia/Tokyo", "2026-01-05T14:30:00.123456789Z"),
+        ("2026-01-05T09:30:00.1234567Z", None, "2026-01-05T09:30:00.123456700Z"),
+        ("2026-01-05T09:30:00.12345678900Z", None, "2026-01-05T09:30:00.123456789Z"),
+        ("2026-01-05T09:30:00,123456789Z", None, "2026-01-05T09:30:00.123456789Z"),
+        ("20260105T093000.123456789", "Asia/Tokyo", "2026-01-05T00:30:00.123456789Z"),
+        ("1969-12-31T23:59:59.999999999Z", None, "1969-12-31T23:59:59.999999999Z"),
+        ("2026-01-05 09:30:00 UTC", None, "2026-01-05T09:30:00.000000000Z"),
+        ("2026-01-05 09:30", "America/New_York", "2026-01-05T14:30:00.000000000Z"),
+        ("2026-07-05 09:30", "America/New_York", "2026-07-05T13:30:00.000000000Z"),
+        ("2026-01-05", "America/New_York", "2026-01-05T05:00:00.000000000Z"),
+        ("20260105", "UTC", "2026-01-05T00:00:00.000000000Z"),
+        (date(2026, 1, 5), "UTC", "2026-01-05T00:00:00.000000000Z"),
+        (datetime(2026, 1, 5, 9, 30), "Asia/Tokyo", "2026-01-05T00:30:00.000000000Z"),  # noqa: DTZ001
+        ("2018-11-04", "America/Sao_Paulo", "2018-11-04T03:00:00.000000000Z"),  # a day without a midnight
         ("", "UTC", "field-missing"),
         (None, "UTC", "field-missing"),
         ("NaT", "UTC", "field-missing"),
@@ -154,6 +184,9 @@ def test_a_mapping_is_read_or_refused() -> None:
         ("2026-01-05", None, "timestamp-naive"),
         ("2026-11-01 01:30", "America/New_York", "timestamp-ambiguous"),
         ("2026-03-08 02:30", "America/New_York", "timestamp-ambiguous"),
+        ("2026-01-05T09:30:00.1234567891Z", None, "timestamp-too-fine"),
+        ("2026-01-05T09:30:00,123456789012Z", None, "timestamp-too-fine"),
+        ("2016-12-31T23:59:60Z", None, "timestamp-leap-second"),
         ("01/05/2026", "UTC", "timestamp-invalid"),
         ("1700000000", "UTC", "timestamp-invalid"),
         ("2012010110000", "UTC", "timestamp-invalid"),
@@ -163,22 +196,24 @@ def test_a_mapping_is_read_or_refused() -> None:
 )
 def test_times_become_utc_or_are_refused(value: object, tz: str | None, expected: str) -> None:
     converter = Converter(symbol="X", tz=tz, source=None)
+    row = {"timestamp": value}
     if not expected.endswith("Z"):
         with pytest.raises(load._Fault) as caught:
-            converter.quote({"timestamp": value})
+            converter.quote(row, *converter.place(row))
         assert caught.value.code == expected
         return
-    quote, moment = converter.quote({"timestamp": value})
-    assert quote["timestamp"] == expected
-    assert moment == datetime.fromisoformat(expected)
+    symbol, instant = converter.place(row)
+    assert instant == parse(expected)
+    assert converter.quote(row, symbol, instant)["timestamp"] == expected
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("22351900.0", 22351900),
-        ("2.23519E+7", 22351900),
-        (" 7 ", 7),
+        ("22351900.0", "22351900.0"),
+        ("2.23519E+7", "2.23519E+7"),
+        ("0.00012345", "0.00012345"),
+        (" 7 ", "7"),
         ("", None),
         ("NaN", None),
         (None, None),
@@ -186,12 +221,14 @@ def test_times_become_utc_or_are_refused(value: object, tz: str | None, expected
         ("twelve", "twelve"),
         ("1e400", "1e400"),
         ("inf", "inf"),
-        ("-3", -3),
+        ("-3", "-3"),
     ],
 )
-def test_sizes_become_whole_numbers(value: object, expected: object) -> None:
-    quote, _ = Converter(symbol="X", tz=None, source=None).quote({"timestamp": "2026-01-05T00:00Z", "volume": value})
-    assert quote.get("volume") == expected
+def test_numbers_are_the_service_s_to_judge(value: object, expected: object) -> None:
+    row = {"timestamp": "2026-01-05T00:00Z", "volume": value, "price": value}
+    converter = Converter(symbol="X", tz=None, source=None)
+    quote = converter.quote(row, *converter.place(row))
+    assert quote.get("volume") == quote.get("price") == expected
 
 
 async def test_daily_bars_arrive_exactly(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,9 +237,9 @@ async def test_daily_bars_arrive_exactly(store: Store, tmp_path: Path, capsys: p
     assert sent == [
         {
             "symbol": "GOOG",
-            "timestamp": "2004-08-19T00:00:00Z",
+            "timestamp": "2004-08-19T00:00:00.000000000Z",
             "price": "100.340",
-            "volume": 22351900,
+            "volume": "22351900.0",
             "source": "test",
         }
     ]
@@ -236,7 +273,7 @@ async def test_all_formats_load_the_same(tmp_path: Path) -> None:
         assert report.files[0].ignored_columns == ["x"]
         stored.append(store.rows)
     assert all(other == stored[0] for other in stored)
-    assert stored[0]["S1", datetime(2026, 1, 5, 9, 30, 1, tzinfo=UTC)]["price"] == Decimal("1.1")
+    assert stored[0]["S1", parse("2026-01-05T09:30:01Z")]["price"] == Decimal("1.1")
     assert (await Store().load(tmp_path / "f.dat")).failed == 1
     assert (await Store().load(tmp_path / "f.dat", format="parquet")).files[0].totals.inserted == 50
 
@@ -257,9 +294,10 @@ async def test_parquet_values_are_what_people_see(store: Store, tmp_path: Path) 
     report = await store.load(tmp_path / "x.parquet", tz="America/New_York")
     assert store.requests == [
         [
-            {"symbol": "X", "timestamp": "2026-01-05T14:30:00Z", "price": "1.1", "bid": "1.05000000", "ask": "0.00001",
-             "volume": 7, "source": "a"},
-            {"symbol": "X", "timestamp": "2026-01-05T14:30:01Z", "bid": "2.00000001", "ask": "2.5", "source": "b"},
+            {"symbol": "X", "timestamp": "2026-01-05T14:30:00.000000000Z", "price": "1.1", "bid": "1.05000000",
+             "ask": "0.00001", "volume": "7", "source": "a"},
+            {"symbol": "X", "timestamp": "2026-01-05T14:30:01.000000000Z", "bid": "2.00000001", "ask": "2.5",
+             "source": "b"},
         ]
     ]  # fmt: skip
     assert report.rejected == 1
@@ -272,10 +310,10 @@ async def test_rows_without_a_symbol_do_not_get_one_where_others_have(store: Sto
     assert report.rejected == 1
     assert rejects(tmp_path / "mixed.jsonl") == [
         {"row": 2, "code": "field-missing", "detail": "The field is required.",
-         "quote": {"timestamp": "2026-01-05T00:00:00Z", "price": 2}}
+         "quote": {"timestamp": "2026-01-05T00:00:00.000000000Z", "price": 2}}
     ]  # fmt: skip
     assert (await store.load(write(tmp_path / "spot.jsonl", lines[lines.index("\n") + 1 :]))).rejected == 0
-    assert ("SPOT", datetime(2026, 1, 5, tzinfo=UTC)) in store.rows
+    assert ("SPOT", MONDAY) in store.rows
 
 
 @given(
@@ -309,15 +347,310 @@ async def test_years_of_days_are_split(store: Store, tmp_path: Path) -> None:
     assert report.files[0].totals.inserted == 1000
 
 
-async def test_the_last_of_equal_keys_wins_across_requests(store: Store, tmp_path: Path) -> None:
+async def test_with_ties_replaced_the_last_of_equal_keys_wins_across_requests(store: Store, tmp_path: Path) -> None:
     random.seed(5)
     store.delay = lambda _number: random.random() / 200
     lines = [f"2026-01-05T00:00:{n % 7:02d}Z,{'abc'[n % 3]},{n + 1}" for n in range(200)]
-    await store.load(write(tmp_path / "same.csv", "\n".join(["time,symbol,price", *lines])), batch_size=5)
+    path = write(tmp_path / "same.csv", "\n".join(["time,symbol,price", *lines]))
+    report = await store.load(path, batch_size=5, ties="replace")
+    assert report.files[0].totals.numbered == 0
     expected: dict[tuple[str, int], int] = {}
     for n in range(200):
-        expected["ABC"[n % 3], n % 7] = n + 1
-    assert {(symbol, moment.second): row["price"] for (symbol, moment), row in store.rows.items()} == expected
+        expected["ABC"[n % 3], MONDAY + n % 7 * 10**9] = n + 1
+    assert {key: row["price"] for key, row in store.rows.items()} == expected
+
+
+# --- ties ---
+
+Ticks = list[tuple[str, int]]
+
+
+def tick_file(path: Path, rows: Ticks) -> Path:
+    """A CSV of ticks, each a symbol and the nanoseconds after `MONDAY`; prices count the rows from 1."""
+    lines = [f"{rfc3339_nano(MONDAY + at)},{symbol},{n}" for n, (symbol, at) in enumerate(rows, 1)]
+    return write(path, "\n".join(["time,symbol,price", *lines, ""]))
+
+
+def numbered_at_once(rows: Ticks) -> dict[tuple[str, int], str]:
+    """What the table holds of a file: its rows by time, those of one instant as the file runs, each on a free key."""
+    steps: dict[str, int] = {}
+    before: dict[str, int] = {}
+    for symbol, at in rows:
+        last = before.get(symbol, at)
+        steps[symbol] = steps.get(symbol, 0) + (at > last) - (at < last)
+        before[symbol] = at
+    table: dict[tuple[str, int], str] = {}
+    for symbol, of_symbol in steps.items():
+        found = [(at, n) for n, (name, at) in enumerate(rows, 1) if name == symbol]
+        if (of_symbol or sum(steps.values())) < 0:
+            found.reverse()
+        free = -1
+        for at, n in sorted(found, key=itemgetter(0)):
+            free = max(at, free + 1)
+            table[symbol, free] = str(n)
+    return table
+
+
+def table_of(store: Store) -> dict[tuple[str, int], str]:
+    return {(symbol, at): price for symbol, _ in store.rows for at, price in store.prices(symbol).items()}
+
+
+def moved(rows: Ticks, table: dict[tuple[str, int], str]) -> int:
+    """How many rows have another instant than in the file."""
+    return sum(rows[int(n) - 1][1] != at for (_, at), n in table.items())
+
+
+FILES: dict[str, tuple[Ticks, dict[int, str]]] = {
+    "forward": (
+        [("A", 0), ("A", 0), ("A", 0), ("A", 1000), ("A", 1000)],
+        {0: "1", 1: "2", 2: "3", 1000: "4", 1001: "5"},
+    ),
+    "backward": (
+        [("A", 1000), ("A", 1000), ("A", 0), ("A", 0), ("A", 0)],
+        {0: "5", 1: "4", 2: "3", 1000: "2", 1001: "1"},
+    ),
+    "in neither order": (
+        [("A", 0), ("A", 1000), ("A", 0), ("A", 2000), ("A", 0)],
+        {0: "1", 1: "3", 2: "5", 1000: "2", 2000: "4"},
+    ),
+    "backward but for a row": (
+        [("A", 3000), ("A", 2000), ("A", 2000), ("A", 2500), ("A", 1000), ("A", 1000), ("A", 0)],
+        {0: "7", 1000: "6", 1001: "5", 2000: "3", 2001: "2", 2500: "4", 3000: "1"},
+    ),
+    "forward without room": (
+        [("A", 0), ("A", 0), ("A", 1), ("A", 1), ("A", 2), ("A", 9)],
+        {0: "1", 1: "2", 2: "3", 3: "4", 4: "5", 9: "6"},
+    ),
+    "backward without room": (
+        [("A", 9), ("A", 2), ("A", 1), ("A", 1), ("A", 0), ("A", 0)],
+        {0: "6", 1: "5", 2: "4", 3: "3", 4: "2", 9: "1"},
+    ),
+    "in neither order without room": (
+        [("A", 1), ("A", 0), ("A", 2), ("A", 0), ("A", 9), ("A", 1), ("A", 10)],
+        {0: "2", 1: "4", 2: "1", 3: "6", 4: "3", 9: "5", 10: "7"},
+    ),
+    "a single instant": ([("A", 5), ("A", 5), ("A", 5)], {5: "1", 6: "2", 7: "3"}),
+    "a single instant beside rows that run forward": (
+        [("B", 1), ("A", 5), ("B", 2), ("A", 5)],
+        {5: "2", 6: "4"},
+    ),
+    "a single instant beside rows that run backward": (
+        [("B", 2), ("A", 5), ("B", 1), ("A", 5)],
+        {5: "4", 6: "2"},
+    ),
+    "beside a symbol that runs backward": (
+        [("A", 0), ("B", 7), ("B", 7), ("A", 0), ("B", 3), ("A", 4)],
+        {0: "1", 1: "4", 4: "6"},
+    ),
+    "before 1970": (
+        [("A", -MONDAY - 1), ("A", -MONDAY - 1), ("A", -MONDAY)],
+        {-MONDAY - 1: "1", -MONDAY: "2", -MONDAY + 1: "3"},
+    ),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 1000])
+@pytest.mark.parametrize("name", FILES)
+async def test_rows_of_one_instant_are_numbered_over_the_whole_file(
+    store: Store, tmp_path: Path, name: str, batch_size: int
+) -> None:
+    rows, expected = FILES[name]
+    path = tick_file(tmp_path / "ticks.csv", rows)
+    report = await store.load(path, batch_size=batch_size)
+    assert store.prices("A") == expected
+    assert report.files[0].totals.numbered == moved(rows, table_of(store)) > 0
+    assert report.files[0].totals.inserted == len(rows)
+
+    again = await store.load(path, batch_size=batch_size, resume=False)
+    assert again.files[0].totals.unchanged == len(rows)
+    assert again.files[0].totals.numbered == report.files[0].totals.numbered
+
+
+ticks_in_any_order = st.lists(st.tuples(st.sampled_from("AAB"), st.integers(0, 12)), min_size=1, max_size=60)
+
+
+@given(
+    rows=ticks_in_any_order,
+    order=st.sampled_from(["as they come", "forward", "backward", "nearly backward"]),
+    size=st.integers(1, 20),
+    cut=st.integers(0, 10),
+)
+def test_in_any_order_and_any_batches_the_table_is_that_of_the_file_numbered_at_once(
+    rows: Ticks, order: str, size: int, cut: int
+) -> None:
+    if order != "as they come":
+        rows = sorted(rows, key=itemgetter(1), reverse=order != "forward")
+    if order == "nearly backward":
+        rows[len(rows) // 2], rows[-1] = rows[-1], rows[len(rows) // 2]
+    raw = [
+        {"symbol": symbol, "timestamp": rfc3339_nano(MONDAY + at), "price": n} for n, (symbol, at) in enumerate(rows, 1)
+    ]
+    converter = Converter(symbol=None, tz=None, source=None)
+
+    def read(size: int, skip: int) -> list[load.Chunk]:
+        numbers = load._Numbers()
+        for row in raw:
+            numbers.see(*converter.place(row))
+        if not numbers.end():
+            for row in raw:
+                numbers.collect(*converter.place(row))
+            numbers.settle()
+        source = load._Source(iter(raw), lambda row: row, len(raw), lambda: 0, [], set())
+        return list(load.chunks(source, converter, size=size, skip=skip, numbers=numbers))
+
+    # Cut off after some batches, and gone on with in batches of another size.
+    chunks = read(size, 0)[:cut]
+    chunks += read(size + 3, max((chunk.end for chunk in chunks), default=0))
+    sent = [msgspec.json.decode(line) for chunk in chunks for line in chunk.lines]
+    assert len(sent) == len(rows)
+    table = {(quote["symbol"], parse(quote["timestamp"]) - MONDAY): str(quote["price"]) for quote in sent}
+    assert table == numbered_at_once(rows)
+    assert sum(len(chunk.numbered) for chunk in chunks) == moved(rows, table)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "any"])
+async def test_a_load_that_was_cut_off_within_a_tie_gives_the_same_numbers(tmp_path: Path, order: str) -> None:
+    rows = [("AB"[n % 2], n // 20 * 3) for n in range(200)]  # ten of a symbol at each instant, three apart
+    if order == "backward":
+        rows.reverse()
+    if order == "any":
+        random.Random(3).shuffle(rows)
+    path = tick_file(tmp_path / "ticks.csv", rows)
+    store, at_once = Store(), Store()
+    await at_once.load(path, state=tmp_path / "other.json")
+    assert table_of(at_once) == numbered_at_once(rows)
+
+    runs = 0
+    while True:
+        left = 3
+
+        async def failing(request: httpx.Request) -> httpx.Response:
+            nonlocal left
+            left -= 1
+            return REFUSAL if left < 0 else await store(request)
+
+        report = await load.run(LoadOptions(files=[path], batch_size=7), transport=httpx.MockTransport(failing))
+        runs += 1
+        if not report.failed:
+            break
+    assert runs > 5
+    assert store.rows == at_once.rows
+    assert report.files[0].totals.inserted == len(rows)
+    assert report.files[0].totals.numbered == moved(rows, table_of(store))
+
+
+async def test_a_symbol_is_one_however_it_is_written(store: Store, tmp_path: Path) -> None:
+    rows = [(symbol, 0) for symbol in ("brk b", "BRK B", "Brk  B", " BRK B ")]
+    await store.load(tick_file(tmp_path / "ticks.csv", rows))
+    assert store.prices("BRK B") == {0: "1", 1: "2", 2: "3", 3: "4"}
+
+
+async def test_numbered_rows_are_told(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["time,symbol,price", *["2026-01-05T00:00Z,A,1"] * 3, "2026-01-05T00:00Z,A,-1", "2026-01-05T00:01Z,A,1"]
+    path = write(tmp_path / "ticks.csv", "\n".join(lines))
+    report = await store.load(path, json=True)
+    assert report.files[0].totals.numbered == 2  # and not the one that was refused
+    told = msgspec.json.decode(capsys.readouterr().out)
+    assert (told["files"][0]["totals"]["numbered"], told["rejected"]) == (2, 1)
+    await store.load(path, resume=False)
+    assert " numbered " in capsys.readouterr().out
+    await store.load(path, resume=False, ties="replace")
+    assert " numbered " not in capsys.readouterr().out
+
+
+async def test_a_row_without_a_place_takes_no_number(store: Store, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.csv",
+        "time,price\n2026-01-05T00:00Z,1\n?,2\n1500-01-01T00:00Z,3\n1500-01-01T00:00Z,4\n2026-01-05T00:00Z,5,5\n"
+        "2026-01-05T00:00Z,6\n9999-12-31T23:59:59Z,7\n",
+    )
+    assert (await store.load(path, batch_size=2)).rejected == 5
+    assert store.prices("X") == {0: "1", 1: "6"}
+    assert [(row["row"], row["code"]) for row in rejects(path)] == [
+        (2, "timestamp-invalid"),
+        (3, "timestamp-too-old"),
+        (4, "timestamp-too-old"),
+        (5, "row-ragged"),
+        (7, "timestamp-in-future"),
+    ]
+    assert rejects(path)[1]["quote"]["timestamp"] == rejects(path)[2]["quote"]["timestamp"]
+
+
+# --- what a row may be ---
+
+
+async def test_files_of_one_side_each_are_merged(store: Store, tmp_path: Path) -> None:
+    moment = "2026-01-05T00:00:00"
+    bids = write(
+        tmp_path / "bid.csv", f"time,bid,bid_size\n{moment}.1Z,1.5,0.25\n{moment}.1Z,1.6,2\n{moment}.2Z,1.7,1\n"
+    )
+    asks = write(tmp_path / "ask.csv", f"time,ask,ask_size\n{moment}.1Z,2.5,1e-12\n{moment}.3Z,2.75,3\n")
+    await store.load(bids, asks, symbol="X", on_conflict="merge")
+    rows = {
+        at - MONDAY: [row[name] for name in ("price", "bid", "ask", "bid_size", "ask_size", "volume")]
+        for (_, at), row in store.rows.items()
+    }
+    assert rows == {
+        100_000_000: [None, Decimal("1.5"), Decimal("2.5"), Decimal("0.25"), Decimal("1e-12"), None],
+        100_000_001: [None, Decimal("1.6"), None, Decimal(2), None, None],
+        200_000_000: [None, Decimal("1.7"), None, Decimal(1), None, None],
+        300_000_000: [None, None, Decimal("2.75"), None, Decimal(3), None],
+    }
+    again = await store.load(asks, bids, symbol="X", on_conflict="merge", resume=False)
+    assert [file.totals.unchanged for file in again.files] == [2, 3]
+
+
+async def test_prices_of_zero_and_below_are_taken_as_asked_for(store: Store, tmp_path: Path) -> None:
+    lines = (
+        "time,price,bid,ask\n2026-01-05T00:00:01Z,0,1,2\n2026-01-05T00:00:02Z,-37.63,,\n2026-01-05T00:00:03Z,0,0,0\n"
+    )
+    path = write(tmp_path / "cl.csv", lines)
+    report = await store.load(path, prices="positive")
+    assert [row["code"] for row in rejects(path)] == ["price-not-positive", "price-not-positive"]
+    assert report.files[0].totals.zeros == 1
+    assert [row["price"] for row in store.rows.values()] == [None]
+    signed = Store()
+    assert (await signed.load(path, prices="signed")).rejected == 0
+    assert list(signed.prices("CL").values()) == ["0", "-37.63", "0"]
+
+
+async def test_nanoseconds_arrive_from_every_format(tmp_path: Path) -> None:
+    instants = [MONDAY + n for n in (0, 1, 1, 999, 1000, 123_456_789)]
+    expected = {0: "1", 1: "2", 2: "3", 999: "4", 1000: "5", 123_456_789: "6"}
+    prices = [str(n) for n in range(1, 7)]
+    texts = [rfc3339_nano(instant) for instant in instants]
+    local = [rfc3339_nano(instant + 9 * 3600 * 10**9).removesuffix("Z").replace("T", " ") for instant in instants]
+    write(tmp_path / "a.csv", "\n".join(["time,price", *map(",".join, zip(texts, prices, strict=True))]))
+    write(tmp_path / "b.csv", "\n".join(["time,price", *map(",".join, zip(local, prices, strict=True))]))
+    write(
+        tmp_path / "c.ndjson", "\n".join(json.dumps({"ts": t, "last": p}) for t, p in zip(texts, prices, strict=True))
+    )
+    zoned = pa.array(instants, pa.timestamp("ns", "America/New_York"))
+    naive = pa.array([instant + 9 * 3600 * 10**9 for instant in instants], pa.timestamp("ns"))
+    pq.write_table(pa.table({"time": zoned, "price": prices}), tmp_path / "d.parquet")
+    pq.write_table(pa.table({"__index_level_0__": naive, "price": prices}), tmp_path / "e.parquet")
+    pq.write_table(pa.table({"time": texts, "price": prices}), tmp_path / "f.parquet")
+    for name in ("a.csv", "b.csv", "c.ndjson", "d.parquet", "e.parquet", "f.parquet"):
+        store = Store()
+        report = await store.load(tmp_path / name, symbol="X", tz="Asia/Tokyo")
+        assert (report.failed, report.rejected) == (0, 0), name
+        assert store.prices("X") == expected, name
+
+
+async def test_times_of_parquet_without_a_zone_are_refused_by_their_row(store: Store, tmp_path: Path) -> None:
+    days = pa.array([0, 10**9, None], pa.int64()).cast(pa.timestamp("s"))
+    far = pa.array([10**14, MONDAY // 10**9, 0], pa.timestamp("s"))
+    pq.write_table(pa.table({"time": days, "price": [1, 2, 3]}), tmp_path / "x.parquet", version="2.6")
+    await store.load(tmp_path / "x.parquet")
+    assert [(row["code"], row["quote"]["timestamp"]) for row in rejects(tmp_path / "x.parquet")] == [
+        ("timestamp-naive", "1970-01-01T00:00:00.000000000"),
+        ("timestamp-naive", "2001-09-09T01:46:40.000000000"),
+        ("field-missing", None),
+    ]
+    pq.write_table(pa.table({"time": far, "price": [1, 2, 3]}), tmp_path / "y.parquet")
+    assert (await store.load(tmp_path / "y.parquet", tz="UTC")).rejected == 1
+    assert rejects(tmp_path / "y.parquet")[0]["code"] == "timestamp-invalid"
+    assert store.prices("Y") == {0: "2", -MONDAY: "3"}
 
 
 async def test_refused_rows_are_listed_with_their_place_in_the_file(store: Store, tmp_path: Path) -> None:
@@ -329,8 +662,8 @@ async def test_refused_rows_are_listed_with_their_place_in_the_file(store: Store
         "\n"
         "2026-01-05T00:00:02Z,A,-1,1\n"
         "2026-01-05T00:00:03Z,A,1\n"
-        "2026-01-05T00:00:04Z,A,1,1.5\n"
-        "2026-01-05T00:00:05Z,A B,1,1\n"
+        "2026-01-05T00:00:04Z,A,1,-1.5\n"
+        "2026-01-05T00:00:05Z,A?B,1,1\n"
         '2026-01-05T00:00:06Z,"A",NaN,1\n'
         "2026-01-05T00:00:07Z,A,2,1\n",
     )
@@ -342,14 +675,14 @@ async def test_refused_rows_are_listed_with_their_place_in_the_file(store: Store
         (2, "timestamp-naive"),
         (3, "price-not-positive"),
         (4, "row-ragged"),
-        (5, "not-whole"),
+        (5, "size-negative"),
         (6, "symbol-invalid"),
         (7, "price-missing"),
     ]
     assert rejects(path)[1]["quote"] == {
-        "symbol": "A", "timestamp": "2026-01-05T00:00:02Z", "price": "-1", "volume": 1,
+        "symbol": "A", "timestamp": "2026-01-05T00:00:02.000000000Z", "price": "-1", "volume": "1",
     }  # fmt: skip
-    assert rejects(path)[3]["quote"]["volume"] == "1.5"
+    assert rejects(path)[3]["quote"]["volume"] == "-1.5"
 
 
 async def test_lines_that_are_no_quote_are_listed(store: Store, tmp_path: Path) -> None:
@@ -415,7 +748,16 @@ async def test_a_finished_file_that_changed_is_loaded_anew(store: Store, tmp_pat
     assert not path.with_name("x.csv.rejects.ndjson").exists()
 
 
-@pytest.mark.parametrize("options", [{"source": "other"}, {"resume": False}, {"columns": {"price": "price"}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"source": "other"},
+        {"resume": False},
+        {"columns": {"price": "price"}},
+        {"ties": "replace"},
+        {"prices": "signed"},
+    ],
+)
 async def test_other_options_load_anew(store: Store, tmp_path: Path, options: dict[str, Any]) -> None:
     path = write(tmp_path / "x.csv", ticks(10))
     await store.load(path)
@@ -442,7 +784,7 @@ async def test_the_batch_size_may_change_between_runs(store: Store, tmp_path: Pa
     [
         ("none.csv", None, "No such file"),
         ("empty.csv", b"", "the first line"),
-        ("a b.csv", b"time,price\n", "--symbol"),
+        ("a(b).csv", b"time,price\n", "--symbol"),
         ("x.csv.gz", gzip.compress(ticks(5000).encode())[:5000], "end-of-stream"),
         ("y.csv.gz", b"time,price\n", "gzip"),
         ("x.parquet", b"PAR1", "arquet"),
@@ -479,7 +821,7 @@ async def test_a_service_that_stays_away_ends_the_run(tmp_path: Path, monkeypatc
         {"files": []},
         {"batch_size": 0},
         {"batch_size": 100_001},
-        {"symbol": "A B"},
+        {"symbol": "A?B"},
         {"tz": "Mars/Olympus"},
         {"tz": "America"},
         {"files": [Path("a.csv"), Path("b.csv")], "state": Path("s")},
@@ -553,3 +895,52 @@ async def test_real_prices_come_back_as_the_bars_that_polars_finds(
 
     again = await load.run(LoadOptions(files=[path], url=service_url, symbol=symbol, tz="UTC", resume=False))
     assert again.files[0].totals.unchanged == len(frame)
+
+
+async def test_trades_of_one_millisecond_are_all_kept_in_whichever_direction_the_file_runs(
+    service_url: str, symbol: str, tmp_path: Path
+) -> None:
+    dice = random.Random(11)
+    start = datetime(2026, 1, 5, tzinfo=UTC)
+    at = sorted(dice.randrange(60_000) for _ in range(20_000))  # of a minute; most milliseconds have several or none
+    trades = [
+        (start + timedelta(milliseconds=ms), f"{dice.randrange(90_000, 110_000) / 1000:.3f}", f"0.{n + 1:05d}")
+        for n, ms in enumerate(at)
+    ]
+    lines = [f"{moment.isoformat(timespec='milliseconds')},{price},{size}" for moment, price, size in trades]
+    options: dict[str, Any] = {"url": service_url, "batch_size": 3000}
+    found = []
+    for name, rows in (("F", lines), ("B", lines[::-1])):
+        path = write(tmp_path / f"{symbol}.{name}.csv", "\n".join(["time,price,volume", *rows]))
+        report = await load.run(LoadOptions(files=[path], **options))
+        (file,) = report.files
+        assert (report.failed, report.rejected, file.totals.inserted) == (0, 0, len(trades))
+        assert file.totals.numbered >= len(trades) - len(set(at))
+        again = await load.run(LoadOptions(files=[path], **options, resume=False))
+        assert again.files[0].totals.unchanged == len(trades)
+        query = {"symbols": f"{symbol}.{name}", "interval": "1s", "start": "2026-01-05T00:00:00Z", "end": "2026-01-06"}
+        async with httpx.AsyncClient(base_url=service_url, timeout=60) as client:
+            answer = await client.get("/v1/ohlc", params=query)
+            assert answer.status_code == 200, answer.text
+            found.append([{**bar, "symbol": ""} for bar in answer.json()["bars"]])
+    assert found[0] == found[1]
+
+    frame = pl.DataFrame(trades, schema=["time", "price", "volume"], orient="row").with_columns(
+        pl.col("price").cast(pl.Decimal(20, 3)), pl.col("volume").cast(pl.Decimal(20, 5))
+    )
+    expected = (
+        frame.group_by(pl.col("time").dt.truncate("1s"), maintain_order=True)
+        .agg(
+            pl.col("price").first().alias("open"),
+            pl.col("price").max().alias("high"),
+            pl.col("price").min().alias("low"),
+            pl.col("price").last().alias("close"),
+            pl.col("volume").sum(),
+            pl.len().alias("count"),
+        )
+        .to_dicts()
+    )
+    names = ("open", "high", "low", "close", "volume", "count")
+    assert [[Decimal(str(bar[name])) for name in names] for bar in found[0]] == [
+        [Decimal(bar[name]) for name in names] for bar in expected
+    ]

@@ -15,13 +15,16 @@ from anyio import to_thread
 from typer.testing import CliRunner, Result
 
 from app import cli
+from app.clock import Instant, Nanoseconds, nanoseconds
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.migrate import migrate
 from app.main import create_app
+from app.repository.bars import Bar, BarPrice
 from app.repository.maintenance import MaintenanceRepository
 from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Range
 from app.repository.storage import StorageRepository
 from app.settings import Settings
 from tests.conftest import Lane, running
@@ -29,10 +32,17 @@ from tests.conftest import Lane, running
 NOW = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 DAY = timedelta(days=1)
 Maintain = Callable[..., Any]
+#: The prices of which there are bars in the rollups.
+MATERIALIZED: tuple[BarPrice, ...] = ("last", "mid")
 
 
-def tick(symbol: str, at: datetime, price: int) -> dict[str, Any]:
+def tick(symbol: str, at: Instant, price: int) -> dict[str, Any]:
     return {"symbol": symbol, "timestamp": at, "price": Decimal(price), "volume": price, "bid": Decimal(price)}
+
+
+def offer(symbol: str, at: datetime, price: int) -> dict[str, Any]:
+    """A quote of which nothing was traded."""
+    return {"symbol": symbol, "timestamp": at, "bid": Decimal(price), "ask": Decimal(price + 2)}
 
 
 def between(start: datetime, end: datetime) -> tuple[str, ...]:
@@ -64,9 +74,19 @@ class Store:
         assert result.exit_code == code, (result.output, result.exception)
         return json.loads(result.stdout)
 
-    async def fill(self, symbol: str, start: datetime, days: int, every: timedelta = timedelta(minutes=10)) -> int:
+    async def fill(
+        self,
+        symbol: str,
+        start: datetime,
+        days: int,
+        every: timedelta = timedelta(minutes=10),
+        row: Callable[[str, datetime, int], dict[str, Any]] = tick,
+    ) -> int:
         """A symbol's quotes; all of them, as if they had been written in their time."""
-        rows = [tick(symbol, start + i * every, 100 + i % 17) for i in range(int(days * DAY / every))]
+        rows = [row(symbol, start + i * every, 100 + i % 17) for i in range(int(days * DAY / every))]
+        return await self.insert(rows)
+
+    async def insert(self, rows: list[dict[str, Any]]) -> int:
         open_ended = QuoteRepository(self.database, self.settings.model_copy(update={"retention": None}))
         return (await open_ended.bulk_insert(rows)).inserted
 
@@ -155,8 +175,26 @@ async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store:
     start = (NOW - 95 * DAY).replace(hour=0)
     await store.fill("AAA", start, 10)
     await store.fill("GONE", start, 1)
-    bars = await store.quotes.get_bars("AAA", "1h", start, start + 10 * DAY, limit=1000)
-    assert len(bars) == 240
+    await store.fill("FX", start, 10, row=offer)
+    midnights = [nanoseconds(start + day * DAY) for day in range(1, 10)]
+    await store.insert([tick("NANO", Nanoseconds(at + nanos), 1) for at in midnights for nanos in (-1, 3, 5)])
+
+    async def hours() -> list[list[Bar]]:
+        whole = (start, start + 10 * DAY)
+        return [
+            await store.quotes.get_bars("AAA", "1h", *whole, limit=1000),
+            await store.quotes.get_bars("FX", "1h", *whole, price="mid", limit=1000),
+        ]
+
+    async def missing(price: BarPrice) -> dict[str, str]:
+        """Why there are no bars of the two days that retention drops first."""
+        days = Range(["AAA", "FX"], nanoseconds(start), nanoseconds(start + 2 * DAY))
+        return dict((await store.quotes.summary_page(days, price))[1])
+
+    bars = await hours()
+    assert [len(of_symbol) for of_symbol in bars] == [240, 240]
+    reasons = {"last": {"FX": "no-trades"}, "mid": {"AAA": "no-quotes"}}
+    assert {price: await missing(price) for price in MATERIALIZED} == reasons
 
     planned = await store.maintain("drop", "--dry-run")
     assert planned["dry_run"]
@@ -168,30 +206,38 @@ async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store:
     kept = await store.quotes.get_quotes("AAA", start, start + 10 * DAY, limit=10_000)
     assert kept[0].timestamp == cutoff
     assert dropped["symbols_without_quotes"] == 1
-    assert [(s.symbol, s.first) for s in await store.quotes.get_symbols()] == [("AAA", cutoff)]
+    assert [(s.symbol, s.first, s.first_nanos) for s in await store.quotes.get_symbols()] == [
+        ("AAA", cutoff, 0), ("FX", cutoff, 0), ("NANO", cutoff, 3),
+    ]  # fmt: skip
     if level >= Level.COMMUNITY:
         assert all(row["bars_completed"] for row in dropped["done"])
         for _ in range(2):
-            assert await store.quotes.get_bars("AAA", "1h", start, start + 10 * DAY, limit=1000) == bars
+            assert await hours() == bars
+            assert {price: await missing(price) for price in MATERIALIZED} == reasons
             # No refresh, even a forced one of everything, takes a bar away.
             await store.maintain("refresh", "--force", "--start", start.isoformat())
     else:
         assert dropped["cannot"]
+        assert await missing("last") == {"AAA": "nothing-in-range", "FX": "nothing-in-range"}
     assert (await store.maintain("drop"))["done"] == []
 
 
-async def test_a_remnant_of_a_dropped_chunk_takes_no_bar_away(store: Store) -> None:
+@pytest.mark.parametrize(("row", "price"), [(tick, "last"), (offer, "mid")])
+async def test_a_remnant_of_a_dropped_chunk_takes_no_bar_away(
+    store: Store, row: Callable[[str, datetime, int], dict[str, Any]], price: BarPrice
+) -> None:
     if store.database.capability.level < Level.COMMUNITY:
         pytest.skip("bars live with their quotes at this level")
     start = (NOW - 95 * DAY).replace(hour=0)
-    await store.fill("AAA", start, 2)
+    await store.fill("AAA", start, 2, row=row)
     await store.maintain("drop")
-    bars = await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, limit=1000)
+    bars = await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, price=price, limit=1000)
     assert len(bars) == 48
-    await store.execute(f"INSERT INTO quotes.real_time (symbol, timestamp, price) VALUES ('AAA', '{start}', 1)")
+    columns = "symbol, timestamp, price, bid, ask"
+    await store.execute(f"INSERT INTO quotes.real_time ({columns}) VALUES ('AAA', '{start}', 1, 1, 1)")
     (again,) = (await store.maintain("drop"))["done"]
     assert not again["bars_completed"]
-    assert await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, limit=1000) == bars
+    assert await store.quotes.get_bars("AAA", "1h", start, start + 2 * DAY, price=price, limit=1000) == bars
 
 
 async def test_nothing_is_dropped_without_a_retention(store: Store) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import asyncpg
@@ -16,6 +18,7 @@ from app.db.engine import Database
 from app.db.migrate import downgrade, head, migrate
 from app.db.models import RealTimeQuote
 from app.errors import DatabaseUnavailable, StartupError
+from app.quote.fields import COLUMNS, PRICES, SIZES
 from tests.conftest import Lane
 
 CATALOG = """
@@ -71,12 +74,43 @@ def _shape(rows: list[tuple[Any, ...]]) -> set[tuple[str, ...]]:
 
 async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
     settings = lane.make_settings()
-    for revision in ("0001", "0002", "0003", "0004"):
+    for revision in ("r1", "r2", "r3", "r4"):
         await migrate(empty_url, settings, revision)
-    for revision in ("0003", "0002", "0001", "base"):
+    for revision in ("r3", "r2", "r1", "base"):
         await downgrade(empty_url, settings, revision)
     with pytest.raises(StartupError, match="nowhere"):
         await migrate(empty_url, settings, "nowhere")
+
+
+@pytest.mark.parametrize("revision", ["0001", "0004"])
+async def test_a_store_of_before_the_first_release_is_refused(lane: Lane, empty_url: str, revision: str) -> None:
+    connection = await asyncpg.connect(empty_url)
+    await connection.execute(
+        f"CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY); INSERT INTO alembic_version"
+        f" VALUES ('{revision}')"
+    )
+    await connection.close()
+    before = await catalog(empty_url)
+    for step in (migrate, downgrade):
+        with pytest.raises(StartupError) as caught:
+            await step(empty_url, lane.make_settings())
+        sentence = str(caught.value)
+        assert sentence.startswith("This store was made before the first release")
+        assert (sentence.count("."), sentence[-1]) == (1, ".")
+    environment = {**os.environ, "QUOTES_DATABASE_URL": empty_url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
+    for arguments in (["migrate"], ["migrate", "base", "--down"], ["serve", "--port", "0"]):
+        ended = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "app", *arguments, env=environment, stderr=subprocess.PIPE
+        )
+        _, output = await ended.communicate()
+        told = " ".join(output.decode().split())  # a narrow terminal breaks the line
+        assert ended.returncode != 0, arguments
+        assert sentence in told, arguments
+        assert "Traceback" not in told, arguments
+    assert await catalog(empty_url) == before
+    connection = await asyncpg.connect(empty_url)
+    assert await connection.fetchval("SELECT version_num FROM alembic_version") == revision
+    await connection.close()
 
 
 @pytest.mark.concurrent
@@ -97,14 +131,12 @@ async def test_instances_may_start_together(lane: Lane, empty_url: str) -> None:
     await connection.close()
 
 
-async def test_a_required_level_is_never_silently_reduced(lane: Lane, empty_url: str) -> None:
-    connection = await asyncpg.connect(empty_url)
-    offered = await connection.fetchval("SELECT count(*) FROM pg_available_extensions WHERE name = 'timescaledb'")
-    await connection.close()
-    if offered:
+async def test_a_required_level_is_never_silently_reduced(lane: Lane, database: Database, empty_url: str) -> None:
+    level = database.capability.level
+    if level == Level.COMMUNITY:
         await migrate(empty_url, lane.make_settings(require_timescaledb="community"))
         return
-    with pytest.raises(StartupError, match="postgresql, community is required"):
+    with pytest.raises(StartupError, match=f"{level}, community is required"):
         await migrate(empty_url, lane.make_settings(require_timescaledb="community"))
     assert await catalog(empty_url) == []
 
@@ -121,17 +153,83 @@ async def test_the_model_has_the_columns_of_the_table(database: Database) -> Non
             "SELECT indexdef FROM pg_indexes WHERE schemaname = 'quotes' AND tablename = 'real_time' ORDER BY 1"
         )
     ddl = str(CreateTable(RealTimeQuote.metadata.tables["quotes.real_time"]).compile(dialect=PGDialect()))  # type: ignore[no-untyped-call]
-    names = {"timestamp with time zone": "TIMESTAMP WITH TIME ZONE", "text": "TEXT", "bigint": "BIGINT",
-             "numeric(20,8)": "NUMERIC(20, 8)"}  # fmt: skip
+    names = {"timestamp with time zone": "TIMESTAMP WITH TIME ZONE", "text": "TEXT", "smallint": "SMALLINT",
+             "numeric(28,12)": "NUMERIC(28, 12)"}  # fmt: skip
+    assert [row[0] for row in rows] == COLUMNS.names
     for name, kind, not_null, collation in rows:
         line = next(part.strip() for part in ddl.splitlines() if part.strip().startswith(f"{name} "))
         assert names[kind] in line
         assert ("NOT NULL" in line) == not_null
         assert ('COLLATE "C"' in line) == (collation == "C")
-    assert "PRIMARY KEY (symbol, timestamp)" in ddl
+    assert "PRIMARY KEY (symbol, timestamp, nanos)" in ddl
     definitions = [row[0] for row in indexes]
-    assert any("idx_timestamp_desc" in text and '("timestamp" DESC)' in text for text in definitions)
+    assert any('idx_timestamp ON quotes.real_time USING brin ("timestamp")' in text for text in definitions)
     assert len(definitions) == 2
+
+
+SOUND: dict[str, Any] = {"symbol": "A", "timestamp": datetime(2026, 1, 1, tzinfo=UTC), "nanos": 0, "price": Decimal(1)}
+
+
+@pytest.mark.parametrize("table", ["real_time", "latest"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({name: Decimal("NaN")} for name in (*PRICES, *SIZES)),
+        {"nanos": 1000},
+        {"nanos": -1},
+        {"price": None},
+        {"price": None, "bid_size": Decimal(1), "volume": Decimal(1), "source": "feed"},
+        {"symbol": ""},
+        {"symbol": "A" * 65},
+        {"source": "x" * 1021},
+    ],
+    ids=str,
+)
+async def test_what_no_quote_can_be_is_refused_by_the_table(
+    database: Database, table: str, bad: dict[str, Any]
+) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match=f"{table}_row"):
+        await _insert_and_undo(database, table, SOUND | bad)
+
+
+@pytest.mark.parametrize("table", ["real_time", "latest"])
+async def test_the_ends_of_what_a_quote_can_be_are_taken_by_the_table(database: Database, table: str) -> None:
+    for sound in (
+        {"nanos": 999, "symbol": "A" * 64, "source": "\U0001f600" * 255},
+        {"price": None, "bid": Decimal(1)},
+        {"price": None, "ask": Decimal(-1)},
+        {"price": Decimal(10**16) - Decimal("1e-12"), "timestamp": datetime(1677, 9, 22, tzinfo=UTC)},
+    ):
+        await _insert_and_undo(database, table, SOUND | sound)
+    for price in ("Infinity", "1e16"):
+        with pytest.raises(asyncpg.NumericValueOutOfRangeError):
+            await _insert_and_undo(database, table, SOUND | {"price": Decimal(price)})
+
+
+async def _insert_and_undo(database: Database, table: str, row: dict[str, Any]) -> None:
+    if table == "latest":
+        row = row | {"first_timestamp": row["timestamp"]}
+    places = ", ".join(f"${place}" for place in range(1, len(row) + 1))
+    async with database.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            await connection.execute(f"INSERT INTO quotes.{table} ({', '.join(row)}) VALUES ({places})", *row.values())
+        finally:
+            await transaction.rollback()
+
+
+async def test_whatever_users_read_says_what_it_is(database: Database) -> None:
+    async with database.acquire() as connection:
+        silent = await connection.fetch(
+            "SELECT c.relname::text, a.attname::text FROM pg_class c"
+            " LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+            " WHERE c.relnamespace = 'quotes'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p')"
+            " AND (obj_description(c.oid, 'pg_class') IS NULL OR col_description(c.oid, a.attnum) IS NULL)"
+            " UNION ALL SELECT proname::text, NULL FROM pg_proc"
+            " WHERE pronamespace = 'quotes'::regnamespace AND obj_description(oid, 'pg_proc') IS NULL"
+        )
+    assert [tuple(row) for row in silent] == []
 
 
 async def test_the_lane_is_at_its_level(lane: Lane, database: Database) -> None:
@@ -159,8 +257,8 @@ def test_a_fetched_row_is_a_quote_before_any_other_was_made() -> None:
     """In an interpreter of its own: the first use of the model completes its mapping only by the constructor."""
     script = (
         "from app.db.models import RealTimeQuote\n"
-        "from app.model import SCHEMA\n"
-        "row = dict.fromkeys(SCHEMA.names)\n"
+        "from app.quote.fields import COLUMNS\n"
+        "row = dict.fromkeys(COLUMNS.names)\n"
         "quote = RealTimeQuote.of(row)\n"
         "assert quote.symbol is None and quote.to_dict() == row\n"
     )

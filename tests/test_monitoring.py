@@ -355,7 +355,7 @@ async def test_panels_that_ask_the_database_show_its_bars(database: Database, qu
         for _, query in market_queries(symbol, start - timedelta(days=1), start + timedelta(days=1)):
             (row,) = await connection.fetch(query)
             expected = {
-                "open": 3, "high": 5, "low": 1, "close": 2, "volume": 8, "vwap": 2.75, "count": 4, "quotes": 4,
+                "open": 3, "high": 5, "low": 1, "close": 2, "volume": 8, "vwap": 2.75, "count": 4, "trades": 4,
             }  # fmt: skip
             shown = {name: row[name] for name in expected if name in row}
             assert shown

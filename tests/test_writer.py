@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from app.batch import Batch
 from app.errors import Conflict, DatabaseUnavailable, IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
-from app.model import Receipt
+from app.quote.batch import Batch
+from app.quote.terms import Receipt
 from app.repository.ingest import Write
 from app.repository.receipts import IdempotencyKey
 from app.settings import Settings

@@ -13,15 +13,16 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
 from fastapi import Depends, Request, Response
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from app.clock import NotAnInstant, floor, microseconds, parse, rfc3339_nano
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -32,8 +33,9 @@ from app.errors import (
 )
 from app.formats import encoding
 from app.health import Health
-from app.model import Consistency, Timestamp, instant, microseconds, normal_symbol
 from app.monitor import Monitor
+from app.quote.rules import normal_symbol
+from app.quote.terms import Consistency
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
 from app.settings import Settings
@@ -124,20 +126,23 @@ async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
 # --- query ---
 
 
-def _mend_offset(value: object) -> object:
-    """Give back the `+` of an offset that a client did not encode, and read a date as its midnight in UTC."""
-    if isinstance(value, str):
-        if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
-            return value + "T00:00:00Z"
-        return re.sub(r"(T[0-9:.]+) (\d\d:?\d\d)$", r"\1+\2", value)
-    return value
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+#: A time of day, and the offset behind the blank that a `+` becomes where a client does not encode it.
+_BARE_OFFSET: Final = re.compile(r"(:[0-9]{2}(?:\.[0-9]+)?) ([0-9]{2}(?::?[0-9]{2})?)$")
 
 
-def _in_utc(value: datetime) -> datetime:
+def _time(value: object) -> int:
+    """Nanoseconds since 1970 of an RFC 3339 text, or of a date, which stands for its midnight in UTC."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("timestamp_format", "Input should be an RFC 3339 date and time with an offset")
+    text = f"{value}T00:00:00Z" if _DATE.fullmatch(value) else _BARE_OFFSET.sub(r"\1+\2", value[:100])
     try:
-        return value.astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("The time lies outside of the calendar.") from error
+        instant = parse(text)
+    except NotAnInstant as error:
+        raise PydanticCustomError("timestamp_format", error.detail) from None
+    if microseconds(floor(instant)) != instant // 1000:
+        raise PydanticCustomError("timestamp_format", "In UTC the timestamp lies outside of the years 1 to 9999")
+    return instant
 
 
 def _split(value: object) -> object:
@@ -153,10 +158,14 @@ def _normal(value: list[str]) -> list[str]:
         raise ValueError(error.detail) from error
 
 
-Time = Annotated[Timestamp, BeforeValidator(_mend_offset), AfterValidator(_in_utc)]
+#: Nanoseconds since 1970.
+Time = Annotated[int, BeforeValidator(_time), WithJsonSchema({"type": "string", "format": "date-time"})]
 Symbols = Annotated[list[str], BeforeValidator(_split), AfterValidator(_normal)]
 #: Query parameters as they are documented everywhere.
-START: Final = "First instant of the range, RFC 3339 with an offset, or a date for its midnight in UTC."
+START: Final = (
+    "First instant of the range, RFC 3339 with an offset and up to nine digits of fraction, or a date for its midnight"
+    " in UTC."
+)
 END: Final = "End of the range, exclusive. Default: now."
 SYMBOLS: Final = "Symbols, separated by commas."
 
@@ -213,7 +222,7 @@ def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
     return list(symbols)
 
 
-def check_range(start: datetime, end: datetime) -> None:
+def check_range(start: int, end: int) -> None:
     """Refuse an empty or reversed range.
 
     Raises:
@@ -228,18 +237,18 @@ def check_range(start: datetime, end: datetime) -> None:
 
 class _Token(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     symbol: str
-    microseconds: int
+    instant: str
     given: int
-    start: int
-    end: int
+    start: str
+    end: str
 
 
 @dataclass(frozen=True, slots=True)
 class Paging:
     """The page of a query that is asked for: its range, fixed on the first page, and where it goes on."""
 
-    start: datetime
-    end: datetime
+    start: int
+    end: int
     after: Position | None
 
 
@@ -250,10 +259,10 @@ def _sign(key: bytes, request: Request, payload: bytes) -> bytes:
     return hmac.digest(key, hashlib.sha256(bound).digest() + payload, "sha256")[:_SIGNATURE_BYTES]
 
 
-def issue_token(request: Request, settings: Settings, position: Position, start: datetime, end: datetime) -> str:
+def issue_token(request: Request, settings: Settings, position: Position, start: int, end: int) -> str:
     """The token of the page after `position`."""
     token = _Token(
-        position.symbol, microseconds(position.timestamp), position.given, microseconds(start), microseconds(end)
+        position.symbol, rfc3339_nano(position.instant), position.given, rfc3339_nano(start), rfc3339_nano(end)
     )
     payload = msgspec.json.encode(token)
     key = settings.page_token_key.get_secret_value().encode()
@@ -277,18 +286,21 @@ def read_token(request: Request, settings: Settings, text: str) -> Paging:
         raise refused
     try:
         token = msgspec.json.decode(payload, type=_Token)
-        return Paging(
-            instant(token.start),
-            instant(token.end),
-            Position(token.symbol, instant(token.microseconds), token.given),
-        )
-    except (msgspec.DecodeError, OverflowError) as error:
+        return Paging(parse(token.start), parse(token.end), Position(token.symbol, parse(token.instant), token.given))
+    except (msgspec.DecodeError, NotAnInstant) as error:
         raise refused from error
 
 
-def page_response(request: Request, settings: Settings, member: str, page: Page, paging: Paging) -> Response:
-    """`{"<member>": [...], "next_page_token": ...}` around rows that are JSON text already."""
-    request.state.rows = page.count
+def page_response(
+    request: Request,
+    settings: Settings,
+    member: str,
+    page: Page,
+    paging: Paging,
+    missing: Sequence[tuple[str, str]] | None = None,
+) -> Response:
+    """`{"<member>": [...], "next_page_token": ...}` around rows that are JSON text already, and what is missing."""
+    request.state.rows = len(page.rows)
     headers = {}
     member_text = "null"
     if page.next is not None:
@@ -296,7 +308,11 @@ def page_response(request: Request, settings: Settings, member: str, page: Page,
         query = [(k, v) for k, v in request.query_params.multi_items() if k != "page_token"]
         headers["Link"] = f'<{quote(request.scope["path"])}?{urlencode([*query, ("page_token", text)])}>; rel="next"'
         member_text = f'"{text}"'
-    return json_response(f'{{"{member}":[{page.rows}],"next_page_token":{member_text}}}', headers)
+    listed = ""
+    if missing is not None:
+        reasons = [{"symbol": symbol, "reason": reason} for symbol, reason in missing]
+        listed = f',"missing":{msgspec.json.encode(reasons).decode()}'
+    return json_response(f'{{"{member}":[{",".join(page.rows)}],"next_page_token":{member_text}{listed}}}', headers)
 
 
 def json_response(text: str, headers: dict[str, str] | None = None) -> Response:

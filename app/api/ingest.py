@@ -21,8 +21,9 @@ from app import formats, metrics
 from app.api.deps import Query, Services, encoded, parameters, read_body
 from app.api.headers import PARAMETERS, fingerprint, idempotency_key, prefers_minimal
 from app.api.problems import responses
+from app.clock import Precision
 from app.errors import InvalidQuotes, QuotesError
-from app.model import OnConflict, OnError, Precision, Receipt, Terms
+from app.quote.terms import OnConflict, OnError, Prices, Receipt, Terms, Ties
 from app.repository.ingest import Write
 from app.repository.receipts import IdempotencyKey, Replayed
 
@@ -54,7 +55,9 @@ class IngestReceipt(BaseModel):
     updated: int
     unchanged: int
     superseded: int = Field(description="Rows that another row of the same key in the batch replaced.")
-    rounded: int = Field(description="Prices rounded to eight decimals.")
+    numbered: int = Field(description="Rows that `ties=number` moved on to a free nanosecond; they are stored.")
+    rounded: int = Field(description="Prices and sizes rounded to twelve decimals; they are stored.")
+    zeros: int = Field(description="Prices of 0 taken for an absent side, under `prices=positive`.")
     crossed: int = Field(description="Quotes whose bid is above their ask; they are stored.")
     rejected: list[RejectedQuote]
     dry_run: Literal[True] | None = Field(
@@ -69,15 +72,26 @@ class IngestQuery(Query):
 
     on_conflict: OnConflict = Field(
         default="update",
-        description="A key that is stored already: `update` it, `ignore` the new row, or refuse it as an `error`.",
+        description="A key that is stored already: `update` it, `merge` so that nulls keep what is stored, `ignore` the"
+        " new row, or refuse it as an `error`.",
     )
     on_error: OnError = Field(
         default="abort", description="A row that is refused: `abort` the request, or `skip` the row and list it."
     )
     precision: Precision | None = Field(
         default=None,
-        description="Unit of timestamps that are whole numbers, counted from 1970-01-01T00:00Z. "
+        description="Unit of timestamps that are numbers, counted from 1970-01-01T00:00Z. "
         "Default: such timestamps are refused.",
+    )
+    ties: Ties = Field(
+        default="replace",
+        description="Quotes of one symbol and instant in the body: the last one `replace`s the others, or all are kept"
+        " and `number`ed, the k-th later one k nanoseconds later, in the order of the body.",
+    )
+    prices: Prices | None = Field(
+        default=None,
+        description="`positive`: a price of 0 is an absent side, one below is refused. `signed`: both are stored."
+        " Default: that of the settings.",
     )
     dry_run: bool = Field(
         default=False, description="Answer as without it, but store nothing; an idempotency key is not used up."
@@ -204,7 +218,10 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
         if name is not None and not query.dry_run:
             digest = await wired.read(fingerprint, request, query, body) if large else fingerprint(request, query, body)
             key = IdempotencyKey(name, digest)
-        terms = Terms(wired.quotes.limits(), query.on_error, query.on_conflict, query.precision)
+        terms = Terms(
+            wired.quotes.limits(), query.on_error, query.on_conflict, query.precision, query.ties,
+            query.prices or wired.settings.prices,
+        )  # fmt: skip
         try:
             batch = await wired.read(codec.decode, body, terms) if large else codec.decode(body, terms)
         except QuotesError:

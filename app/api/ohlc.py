@@ -24,9 +24,9 @@ from app.api.deps import (
     resolve_symbols,
 )
 from app.api.problems import responses
+from app.clock import Interval, floor, nanoseconds
 from app.errors import InvalidRequest
-from app.model import Interval
-from app.repository.bars import BarPrice, BarSpec, Fill
+from app.repository.bars import BarPrice, BarSpec, Fill, Reason
 from app.repository.ranges import Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["bars"])
@@ -45,7 +45,7 @@ class OHLCBar(BaseModel):
     close: Decimal | None
     volume: Decimal | None = Field(description="Sum of volumes; null if no quote had one.")
     vwap: Decimal | None = Field(description="sum(price x volume) / sum(volume); null without volume.")
-    count: int = Field(description="Quotes in the bar.")
+    count: int = Field(description="What the bar is made of: trades, or quotes with the side or both sides.")
     final: bool = Field(description="Whether its end has passed; a late quote may still correct it.")
 
 
@@ -54,7 +54,19 @@ class DailySummary(OHLCBar):
 
     range: Decimal = Field(description="high - low")
     change: Decimal = Field(description="close - open")
-    change_percent: Decimal = Field(description="100 x change / open, four decimals.")
+    change_percent: Decimal | None = Field(
+        description="100 x change / open, four decimals; null where the open is 0 or below."
+    )
+
+
+class MissingBars(BaseModel):
+    """A named symbol without bars, and why."""
+
+    symbol: str
+    reason: Reason = Field(
+        description="`unknown`: nothing of it is stored. `nothing-in-range`: no quote of it in the bars that start in"
+        " the range. `no-trades`, `no-quotes`: there are quotes, but none with the price that the bars are of."
+    )
 
 
 class BarPage(BaseModel):
@@ -62,6 +74,7 @@ class BarPage(BaseModel):
 
     bars: list[OHLCBar]
     next_page_token: str | None
+    missing: list[MissingBars] = Field(description="Named symbols that this page might have had, but has no bars of.")
 
 
 class SummaryPage(BaseModel):
@@ -69,6 +82,7 @@ class SummaryPage(BaseModel):
 
     summaries: list[DailySummary]
     next_page_token: str | None
+    missing: list[MissingBars] = Field(description="Named symbols that this page might have had, but has none of.")
 
 
 class SummaryQuery(PagedQuery):
@@ -78,6 +92,11 @@ class SummaryQuery(PagedQuery):
     start: Time | None = Field(default=None, description=START + " Default: 100 bars before `end`.")
     end: Time | None = Field(default=None, description=END)
     sort: Sort = Field(default="asc", description="Order of time within a symbol.")
+    price: BarPrice = Field(
+        default="last",
+        description="What the bars are of: `last`, prices of trades; `bid`, `ask`; `mid`, (bid + ask) / 2 of quotes"
+        " with both.",
+    )
 
 
 class BarsQuery(SummaryQuery):
@@ -88,7 +107,6 @@ class BarsQuery(SummaryQuery):
         description="`<n>s`, `<n>m`, `<n>h`, `<n>d`, `<n>w` or `<n>M` (months); also `5Min`, `1Hour`, `1Day`.",
         examples=["1m", "5m", "1h", "1d"],
     )
-    price: BarPrice = Field(default="last", description="What the bars are of; `mid` is (bid + ask) / 2.")
     tz: str = Field(default="UTC", max_length=64, description="IANA time zone in which days begin.")
     fill: Fill = Field(
         default="none",
@@ -103,8 +121,9 @@ def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wire
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
-        end = query.end or datetime.now(UTC)
-        paging = Paging(query.start or _bars_before(end, interval.width), end, None)
+        end = nanoseconds(datetime.now(UTC)) if query.end is None else query.end
+        start = nanoseconds(_bars_before(floor(end), interval.width)) if query.start is None else query.start
+        paging = Paging(start, end, None)
     check_range(paging.start, paging.end)
     return Range(symbols, paging.start, paging.end, query.limit, query.sort, None, paging.after), paging
 
@@ -121,8 +140,8 @@ async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameter
     """OHLC bars that start in a time range, of any interval, in any time zone."""
     spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill)
     wanted, paging = _page(request, query, spec.interval, wired)
-    page = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
-    return page_response(request, wired.settings, "bars", page, paging)
+    page, missing = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
+    return page_response(request, wired.settings, "bars", page, paging, missing)
 
 
 @router.get("/summary/daily", response_model=SummaryPage, responses=responses(400, 406, 503))
@@ -131,5 +150,5 @@ async def list_daily_summaries(
 ) -> Response:
     """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
     wanted, paging = _page(request, query, Interval(1, "d"), wired)
-    page = await wired.quotes.at(query.consistency).summary_page(wanted)
-    return page_response(request, wired.settings, "summaries", page, paging)
+    page, missing = await wired.quotes.at(query.consistency).summary_page(wanted, query.price)
+    return page_response(request, wired.settings, "summaries", page, paging, missing)

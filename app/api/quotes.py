@@ -1,6 +1,6 @@
 """Quotes in, and quotes out: by range, newest, by day, counted."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from datetime import date as calendar_day
 from typing import Annotated, Final
 
@@ -31,17 +31,15 @@ from app.api.deps import (
     resolve_symbols,
 )
 from app.api.problems import responses
-from app.errors import InvalidRequest
-from app.model import Quote, normal_symbol
+from app.clock import nanoseconds
+from app.quote.model import StoredQuote
+from app.quote.rules import normal_symbol
 from app.repository.ranges import Range, Sort, day_bounds, zone
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 
-_DEFAULT_SPAN: Final = timedelta(days=1)
-
-
-class StoredQuote(Quote):
-    """A stored quote: every field present, null where unknown."""
+#: 24 hours.
+_DEFAULT_SPAN: Final = 86_400 * 10**9
 
 
 class QuotePage(BaseModel):
@@ -130,8 +128,8 @@ async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParam
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
-        end = query.end or datetime.now(UTC)
-        paging = Paging(query.start or _before(end, _DEFAULT_SPAN), end, None)
+        end = nanoseconds(datetime.now(UTC)) if query.end is None else query.end
+        paging = Paging(end - _DEFAULT_SPAN if query.start is None else query.start, end, None)
     return await _quotes(request, wired, symbols, paging, query, query.sort, query.limit_per_symbol)
 
 
@@ -145,7 +143,8 @@ async def intraday_quotes(
         paging = read_token(request, wired.settings, query.page_token)
     else:
         day = query.date or datetime.now(zone(query.tz)).date()
-        paging = Paging(*day_bounds(day, query.tz), None)
+        start, stop = day_bounds(day, query.tz)
+        paging = Paging(nanoseconds(start), nanoseconds(stop), None)
     return await _quotes(request, wired, [normal_symbol(query.symbol)], paging, query, query.sort, None)
 
 
@@ -183,10 +182,3 @@ async def count_quotes(query: Annotated[CountQuery, QueryParameters()], wired: W
     store = wired.quotes.at(query.consistency)
     count = await store.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
     return encoded({"count": count, "exact": not query.estimate})
-
-
-def _before(end: datetime, span: timedelta) -> datetime:
-    try:
-        return end - span
-    except OverflowError as error:
-        raise InvalidRequest("The range reaches beyond the calendar.", parameter="end") from error

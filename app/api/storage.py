@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 from app import formats
 from app.api.deps import Query, Wired, encoded
 from app.api.problems import responses
-from app.model import rfc3339
+from app.clock import rfc3339
 from app.repository.storage import STATES, Chunk, Storage
 
 router = APIRouter(prefix="/v1", tags=["operations"])

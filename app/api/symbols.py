@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 from app import formats
 from app.api.deps import ReadQuery, Wired, json_response
 from app.api.problems import responses
-from app.model import normal_symbol
+from app.quote.rules import normal_symbol
 
 router = APIRouter(prefix="/v1", tags=["symbols"])
 

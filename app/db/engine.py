@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool
 from app import metrics
 from app.db.capability import DETECT, Capability
 from app.errors import DatabaseUnavailable, QueryTimeout, QuotesError
-from app.model import Consistency
+from app.quote.terms import Consistency
 from app.settings import Settings
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"

@@ -25,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from app import metrics
 from app.db.engine import Connection, Database, T, Work, hosts_of
 from app.errors import DatabaseUnavailable, QueryTimeout
-from app.model import Consistency
+from app.quote.terms import Consistency
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)

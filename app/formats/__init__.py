@@ -9,10 +9,10 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
-from app.batch import Batch
 from app.errors import NotAcceptable, UnsupportedMediaType
 from app.formats import arrow, csv, json, ndjson, parquet
-from app.model import Terms
+from app.quote.batch import Batch
+from app.quote.terms import Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,12 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             Format("json", ("application/json",), json.decode, writes=True),
             Format("ndjson", ("application/x-ndjson", "application/jsonl"), ndjson.decode, writes=False),
             Format("csv", ("text/csv",), csv.decode, writes=False),
-            Format("arrow", ("application/vnd.apache.arrow.stream",), arrow.decode, writes=False),
+            Format(
+                "arrow",
+                ("application/vnd.apache.arrow.stream", "application/vnd.apache.arrow.file"),
+                arrow.decode,
+                writes=False,
+            ),
             Format(
                 "parquet",
                 ("application/vnd.apache.parquet", "application/x-parquet"),

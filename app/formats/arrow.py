@@ -1,51 +1,76 @@
-"""Arrow IPC stream: one schema, then record batches, whose columns become a batch as they are.
+"""Arrow IPC: one schema, then record batches, whose columns become a batch as they are.
+
+A file (also called Feather) has its messages anywhere between two magic words, and a footer that says where; they are
+read as the stream that they make up.
 
 Invariant: nothing is decompressed before its size is known to be within the limit, and nothing is computed on
 before it is validated, since an offset or an index that points elsewhere would read other memory.
 """
 
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 import pyarrow as pa
 
-from app.batch import Batch
 from app.errors import BodyTooLarge, MalformedBody
 from app.formats import columns
-from app.model import Terms
+from app.quote.batch import Batch
+from app.quote.terms import Terms
 
 #: Record batches and dictionaries in one body.
 _MESSAGES: Final = 10_000
 _READING: Final = pa.ipc.IpcReadOptions(use_threads=False)
 #: The message format of Arrow 1.0; that before it compresses in a way of its own.
 _V5: Final = 4
+#: What a file begins and ends with.
+_FILE: Final = b"ARROW1"
 
 
 def decode(body: bytes, terms: Terms) -> Batch:
-    """The batch of an Arrow IPC stream.
+    """The batch of an Arrow IPC stream or file.
 
     Raises:
         MalformedBody: no such stream, or one of other columns.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
     try:
-        with pa.BufferReader(body) as source, pa.ipc.open_stream(source, options=_READING) as reader:
-            fields = columns.fields_of_schema(reader.schema)
-            _check_sizes(body, terms)
+        content = _stream_of(body) if body.startswith(_FILE) else pa.py_buffer(body)
+        with pa.BufferReader(content) as source, pa.ipc.open_stream(source, options=_READING) as reader:
+            columns.fields_of_schema(reader.schema)
+            _check_sizes(content, terms)
             table = pa.Table.from_batches(list(reader), reader.schema)
             end = source.tell()
         columns.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
-        raise MalformedBody("Not an Arrow IPC stream, or a damaged one.") from error
-    if end != len(body):
+        raise MalformedBody("Neither an Arrow IPC stream nor an Arrow file, or a damaged one.") from error
+    if end != len(content):
         raise MalformedBody("There are bytes after the end of the Arrow IPC stream.")
-    return columns.decode(table, fields, terms)
+    return columns.decode(table, terms)
 
 
-def _check_sizes(body: bytes, terms: Terms) -> None:
+def _stream_of(body: bytes) -> pa.Buffer:
+    """The stream of a file: its schema, and the messages that its footer names, dictionaries first."""
+    if not body.endswith(_FILE):
+        raise struct.error
+    with pa.ipc.open_file(pa.py_buffer(body), options=_READING) as reader:
+        parts = [memoryview(reader.schema.serialize())]
+    end = len(body) - len(_FILE) - 4
+    content = memoryview(body)
+    footer = content[end - _read("<I", content, end) : end]
+    left = len(body)
+    for start, size in _Metadata(footer).blocks():
+        left -= size
+        if min(start, size, left) < 0:  # a block that comes twice would make more of a body than was sent
+            raise struct.error
+        parts.append(content[start : start + size])
+    return pa.py_buffer(b"".join(parts))
+
+
+def _check_sizes(content: pa.Buffer, terms: Terms) -> None:
     """Refuse a stream with too many rows, or too large when decompressed, by what its messages say of themselves."""
     rows = size = count = 0
-    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(body))
+    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
     while True:
         try:
             message = messages.read_next_message()
@@ -67,8 +92,18 @@ def _check_sizes(body: bytes, terms: Terms) -> None:
 class _Metadata:
     """The little of a message's metadata, a flatbuffer, that pyarrow keeps to itself."""
 
-    def __init__(self, buffer: pa.Buffer) -> None:
+    def __init__(self, buffer: pa.Buffer | memoryview) -> None:
         self._bytes = memoryview(buffer)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Where the messages are that the footer of a file names, and their bytes."""
+        footer = self._read("<I", 0)
+        for field in (2, 3):
+            if not self._position(footer, field):
+                continue
+            vector = self._table(footer, field)
+            for at in range(vector + 4, vector + 4 + 24 * self._read("<I", vector), 24):
+                yield self._read("<q", at), self._read("<i", at + 8) + self._read("<q", at + 16)
 
     def claims(self, body: pa.Buffer) -> tuple[int, int]:
         """The rows of a record batch or dictionary, and the bytes of its buffers where they are compressed."""

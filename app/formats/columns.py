@@ -3,25 +3,26 @@
 Invariant: what a column becomes here is never larger than the limit of a body, however small it came.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.batch import Batch, check_size
+from app.clock import UNITS, Nanoseconds
 from app.errors import BodyTooLarge, MalformedBody
-from app.model import ALIASES, FIELDS, Terms, instant
+from app.quote.batch import Batch, check_size
+from app.quote.columns import without_nan
+from app.quote.fields import ALIASES, BY_NAME, NAMES, NUMBERS, REQUIRED, is_added
+from app.quote.terms import Terms
 
-PRICES: Final = frozenset({"price", "bid", "ask"})
-SIZES: Final = frozenset({"bid_size", "ask_size", "volume"})
 #: Digits of decimals by their bits. Arrow lets larger scales pass, and then writes no number that Python reads.
 _DIGITS: Final = {32: 9, 64: 18, 128: 38, 256: 76}
 
 
 def fields_of(names: Sequence[str]) -> dict[str, str]:
-    """The columns by the field that each holds, in their order.
+    """The columns by the field that each holds, in their order, but for those that a data frame's library added.
 
     Raises:
         MalformedBody: a column is unknown, a field comes twice, or one that every quote needs is missing.
@@ -29,12 +30,14 @@ def fields_of(names: Sequence[str]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for name in names:
         field = ALIASES.get(name, name)
-        if field not in FIELDS:
-            raise MalformedBody(f"The column {name[:64]!a} is unknown; a quote has {', '.join(FIELDS)}.")
+        if is_added(name):
+            continue
+        if field not in NAMES:
+            raise MalformedBody(f"The column {name[:64]!a} is unknown; a quote has {', '.join(NAMES)}.")
         if field in fields:
             raise MalformedBody(f"The columns {fields[field]} and {name} are both the {field}.")
         fields[field] = name
-    for field in ("symbol", "timestamp"):
+    for field in REQUIRED:
         if field not in fields:
             raise MalformedBody(f"The column {field} is missing.")
     return fields
@@ -47,9 +50,9 @@ def fields_of_schema(schema: pa.Schema) -> dict[str, str]:
         MalformedBody: as `fields_of`, or a column is of a type that its field cannot be.
     """
     fields = fields_of(schema.names)
-    for field, column in zip(fields, schema, strict=True):
-        if not _is_taken(field, column.type):
-            raise MalformedBody(f"The column {column.name} is of a type that a {field} cannot have.")
+    for field, name in fields.items():
+        if not _is_taken(field, schema.field(name).type):
+            raise MalformedBody(f"The column {name} is of a type that a {field} cannot have.")
     return fields
 
 
@@ -63,26 +66,27 @@ def is_text(kind: pa.DataType) -> bool:
 def _is_taken(field: str, kind: pa.DataType) -> bool:
     if is_text(kind) or pa.types.is_null(kind):
         return True
-    if field == "timestamp":
-        # A zone whose name is no UTF-8 raises here, not later.
-        return bool(pa.types.is_integer(kind) or (pa.types.is_timestamp(kind) and kind.tz != ""))
+    of_time = BY_NAME[field].kind == "instant"
+    if of_time and pa.types.is_timestamp(kind):
+        return bool(kind.tz != "")  # a zone whose name is no UTF-8 raises here, not later
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     number = number or (pa.types.is_decimal(kind) and abs(kind.scale) <= _DIGITS[kind.bit_width])
-    return bool(number) and field in PRICES | SIZES
+    return bool(number) and (of_time or field in NUMBERS)
 
 
-def decode(table: pa.Table, fields: Mapping[str, str], terms: Terms) -> Batch:
-    """The batch of a table that is validated, whose columns are those of `fields_of_schema` in their order.
+def decode(table: pa.Table, terms: Terms) -> Batch:
+    """The batch of a table that is validated, and whose schema passes `fields_of_schema`.
 
     Raises:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
     check_size(len(table), terms)
-    columns = {field: _written_out(column) for field, column in zip(fields, table.columns, strict=True)}
+    fields = fields_of_schema(table.schema)
+    columns = {field: _written_out(table.column(name)) for field, name in fields.items()}
     batch = Batch.from_table(pa.table(columns), terms, given=fields)
     if batch is not None:
         return batch
-    values = [_values(field, column) for field, column in columns.items()]
+    values = [_values(column) for column in columns.values()]
     names = list(fields.values())
     return Batch.from_rows([dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)], terms)
 
@@ -137,22 +141,16 @@ def _written_out(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string()) if pa.types.is_string_view(column.type) else column
 
 
-def _values(field: str, column: pa.ChunkedArray) -> list[Any]:
+def _values(column: pa.ChunkedArray) -> list[Any]:
     """Python values, in which a fault can be seen and named."""
     kind = column.type
     if pa.types.is_timestamp(kind):
-        return [_moment(count, kind) for count in column.cast(pa.int64()).to_pylist()]
-    if field in PRICES and pa.types.is_floating(kind):
-        column = column.cast(pa.string())  # the shortest text that reads back as this number
+        counts = column.cast(pa.int64()).to_pylist()
+        if kind.tz is None:
+            return [None if count is None else datetime.min for count in counts]  # noqa: DTZ901  naive, and refused as such
+        return [None if count is None else Nanoseconds(count * UNITS[kind.unit]) for count in counts]
+    if pa.types.is_floating(kind):
+        # The shortest text that reads back as this number.
+        column = pa.chunked_array([without_nan(chunk).cast(pa.string()) for chunk in column.chunks], pa.string())
     values: list[Any] = column.to_pylist()
     return values
-
-
-def _moment(count: int | None, kind: pa.TimestampType) -> Any:
-    if count is None:
-        return None
-    try:
-        moment = instant(count, kind.unit)
-    except OverflowError:
-        moment = datetime.max.replace(tzinfo=UTC) if count > 0 else datetime.min.replace(tzinfo=UTC)
-    return moment if kind.tz is not None else moment.replace(tzinfo=None)

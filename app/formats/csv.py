@@ -5,21 +5,25 @@ A row with more or fewer cells than the header is refused like any other bad row
 
 import csv
 import io
+from collections.abc import Mapping
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
-from app.batch import Batch, Misshapen
 from app.errors import BodyTooLarge, MalformedBody
-from app.formats.columns import SIZES, fields_of
-from app.model import Terms
+from app.formats.columns import fields_of
+from app.quote.batch import Batch
+from app.quote.rows import Misshapen
+from app.quote.terms import Terms
 
 _BOM: Final = b"\xef\xbb\xbf"
 _HEADER_BYTES: Final = 4096
 #: What RFC 4180 allows quotes to be; the fast reader takes them anywhere, and reads `"1"2` as 12.
 _WELL_QUOTED: Final = r'\A(?:(?:[^",\r\n]*|"(?:[^"]|"")*")(?:[,\r\n]|\z))*\z'
+#: How the standard library's reader says that something follows a closing quote.
+_STRAY_QUOTE: Final = "',' expected after"
 #: The longest cell of the standard library's reader.
 _CELL: Final = 131_072
 
@@ -35,13 +39,13 @@ def decode(body: bytes, terms: Terms) -> Batch:
     end = body.find(b"\n", start, start + _HEADER_BYTES)
     first = body[start : end if end >= 0 else start + _HEADER_BYTES]
     names = _header(first)
-    fields = fields_of(names)
+    fields = fields_of([name for place, name in enumerate(names) if place or name])
     start += len(first) + 1
     lines = body.count(b"\n", start) + body.count(b"\r", start) - body.count(b"\r\n", start)
     if lines > 2 * terms.limits.max_rows + 1:  # even if every other one is empty
         raise BodyTooLarge(f"{lines} lines in one body; at most {terms.limits.max_rows} quotes are taken.")
     if lines < terms.limits.max_rows and start < len(body):
-        table = _table(body, start, list(fields))
+        table = _table(body, start, names, fields)
         if table is not None and (batch := Batch.from_table(table, terms, given=fields)) is not None:
             return batch
     return Batch.from_rows(_rows(body, start, names, terms.limits.max_rows), terms)
@@ -57,29 +61,25 @@ def _header(line: bytes) -> list[str]:
     return names
 
 
-def _table(body: bytes, start: int, fields: list[str]) -> pa.Table | None:
-    """The columns of well-formed CSV: sizes as numbers, the rest as text; None if that cannot be."""
+def _table(body: bytes, start: int, names: list[str], fields: Mapping[str, str]) -> pa.Table | None:
+    """The columns of well-formed CSV as text; None if that cannot be."""
     quoted = body.find(b'"', start) >= 0
     if quoted and not pc.match_substring_regex(pa.array([body[start:]], pa.binary()), _WELL_QUOTED)[0].as_py():
-        return None
-    if body.find(b"0x", start) >= 0 or body.find(b"0X", start) >= 0:  # a whole number to Arrow, though it is none
         return None
     try:
         table = arrow_csv.read_csv(
             pa.BufferReader(pa.py_buffer(body).slice(start)),
-            arrow_csv.ReadOptions(use_threads=False, block_size=len(body) - start, column_names=fields),
+            arrow_csv.ReadOptions(use_threads=False, block_size=len(body) - start, column_names=names),
             arrow_csv.ParseOptions(newlines_in_values=quoted),
             arrow_csv.ConvertOptions(
-                column_types={field: pa.int64() if field in SIZES else pa.string() for field in fields},
-                null_values=[""],
-                strings_can_be_null=True,
+                column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
             ),
         )
     except pa.ArrowException:
         return None
-    for field in fields:
-        if field not in SIZES and (pc.max(pc.binary_length(table.column(field))).as_py() or 0) > _CELL:
-            return None
+    table = table.select(list(fields.values())).rename_columns(list(fields))
+    if any((pc.max(pc.binary_length(column)).as_py() or 0) > _CELL for column in table.columns):
+        return None
     return table
 
 
@@ -88,20 +88,26 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
     stream = io.BytesIO(body)
     stream.seek(start)
     rows: list[Any] = []
-    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline=""), strict=True)
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if len(rows) == most:
-                raise BodyTooLarge(f"More than {most} quotes in one batch.")
-            if len(cells) != len(names):
-                detail = f"The row has {len(cells)} cells, the header {len(names)}."
-                rows.append(Misshapen("row-ragged", detail))
-            else:
-                rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
-    except UnicodeDecodeError as error:
-        raise MalformedBody("Not UTF-8.") from error
-    except csv.Error as error:
-        raise MalformedBody(f"Not CSV: {error} in row {len(rows)} or after.") from error
-    return rows
+    # What is no UTF-8 becomes lone surrogates, by which its row is refused and no other.
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if not str(error).startswith(_STRAY_QUOTE):
+                raise MalformedBody(f"Not CSV: {error} in row {len(rows)} or after.") from error
+            # The reader is at the end of that line, so the rows after it are told apart.
+            rows.append(Misshapen("row-misquoted", "A quote within a quoted cell is doubled."))
+            continue
+        if cells is None:
+            return rows
+        if not cells:
+            continue
+        if len(rows) == most:
+            raise BodyTooLarge(f"More than {most} quotes in one batch.")
+        if len(cells) != len(names):
+            detail = f"The row has {len(cells)} cells, the header {len(names)}."
+            rows.append(Misshapen("row-ragged", detail))
+        else:
+            rows.append({name: cell or None for name, cell in zip(names, cells, strict=True) if name})

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import msgspec
 
-from app.batch import Batch, Row
 from app.errors import MalformedBody
 from app.formats import json
-from app.model import Terms
+from app.quote.batch import Batch
+from app.quote.rows import Row
+from app.quote.terms import Terms
 
 _TYPED: Final = msgspec.json.Decoder(Row, float_hook=str)
 
@@ -28,9 +29,18 @@ def decode(body: bytes, terms: Terms) -> Batch:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         pass  # look closely, line by line
     else:
-        if (batch := Batch.of(rows, terms)) is not None:
+        if _is_one_a_line(body, len(rows)) and (batch := Batch.of(rows, terms)) is not None:
             return batch
     return Batch.from_rows([_line(line) for line in BytesIO(body) if line.strip()], terms)
+
+
+def _is_one_a_line(body: bytes, count: int) -> bool:
+    """Whether so many objects are a line each, as the fast parser takes them wherever they break or meet.
+
+    Between `}` and `{` nothing but the end of an object can be, so that no object has a line end of these within.
+    """
+    ends = body.count(b"\n") - body.endswith(b"\n")
+    return ends == count - 1 and any(ends == body.count(met) for met in (b"}\n{", b"}\r\n{"))
 
 
 def _line(line: bytes) -> Any:

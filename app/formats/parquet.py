@@ -11,10 +11,11 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.batch import Batch, check_size
 from app.errors import BodyTooLarge, MalformedBody
 from app.formats import columns
-from app.model import Terms
+from app.quote.batch import Batch, check_size
+from app.quote.fields import is_added
+from app.quote.terms import Terms
 
 _MAGIC: Final = b"PAR1"
 #: The footer has about a kilobyte for each row group.
@@ -47,14 +48,16 @@ def decode(body: bytes, terms: Terms) -> Batch:
     _check_sizes(body, terms)
     try:
         schema = pq.ParquetFile(pa.BufferReader(body)).schema_arrow
+        meant = [column.name for column in schema if not is_added(column.name)]
         columns.fields_of_schema(schema)
         # Texts that repeat stay a dictionary, until it is known how long they are written out.
         texts = [column.name for column in schema if columns.is_text(column.type)]
-        table = pq.ParquetFile(pa.BufferReader(body), read_dictionary=texts, pre_buffer=False).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(body), read_dictionary=texts, pre_buffer=False)
+        table = file.read(meant, use_threads=False)
         columns.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise MalformedBody("Not a Parquet file, or a damaged one.") from error
-    return columns.decode(table, columns.fields_of_schema(table.schema), terms)
+    return columns.decode(table, terms)
 
 
 def _check_sizes(body: bytes, terms: Terms) -> None:
@@ -116,7 +119,7 @@ def _pages(body: bytes, chunk: _Struct) -> Iterator[_Page]:
     """The pages of a column chunk, given its metadata."""
     start = _count(chunk[9, _I64])
     dictionary = chunk.get((11, _I64), 0)
-    if 0 < dictionary < start:
+    if 0 < dictionary < start or not start:  # a chunk without a row has a dictionary alone
         start = dictionary
     end = start + _count(chunk[7, _I64])
     if end > len(body):

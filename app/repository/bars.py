@@ -1,19 +1,22 @@
 """OHLC bars: what a bar is made of, and the statement that makes the bars of a range.
 
 Invariant: bars are exact. They are read from rollups only where those are up to date, and equal intervals always give
-equal bars, whatever the range asked for.
+equal bars, whatever the range asked for. A bar is made of the quotes that have its price, so bars of `last` know
+nothing of quotes without a trade.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Final, Literal
 
+from app.clock import FIRST, LAST, Interval, ceil
 from app.db.engine import Connection
 from app.errors import InvalidRequest
-from app.model import Interval
 from app.repository import rollups
-from app.repository.ranges import Arguments, Range, Span, of_span, per_symbol, zone
+from app.repository.ranges import Arguments, Range, Span, per_symbol, zone
 
 BarPrice = Literal["last", "bid", "ask", "mid"]
 Fill = Literal["none", "null", "previous"]
@@ -23,6 +26,12 @@ _MOST_FILLED: Final = 100_000
 _LONG_DAY: Final = timedelta(hours=3)  # more than any day is longer than 24 hours
 _LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
 BAR_COLUMNS: Final = "open, high, low, close, volume, turnover, count"
+#: What bars of each price are made of, of a quote; where it is null the quote is none of theirs.
+VALUES: Final[Mapping[BarPrice, str]] = MappingProxyType(
+    {"last": "price", "bid": "bid", "ask": "ask", "mid": "(bid + ask) * 0.5"}
+)
+#: The prices of which rollups hold bars, with what the names of their columns begin with.
+ROLLED_UP: Final[Mapping[BarPrice, str]] = MappingProxyType({"last": "", "mid": "mid_"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +74,8 @@ class BarSpec:
         source = self.interval.source
         if self.in_utc or source == rollups.RAW:
             return source
-        # Weekly looks: an offset lasts longer than that, and only its value counts.
-        local = zone(self.tz)
+        # Weekly looks: an offset lasts longer than that, and only its value counts. Nothing is stored before the first.
+        local, start = zone(self.tz), max(start, FIRST)
         moments = [start + timedelta(weeks=week) for week in range((end - start).days // 7 + 1)]
         offsets = [
             int((moment.astimezone(local).utcoffset() or timedelta()).total_seconds()) for moment in [*moments, end]
@@ -92,6 +101,9 @@ class Bar:
     final: bool
 
 
+Reason = Literal["unknown", "no-trades", "no-quotes", "nothing-in-range"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What bars can be made of: of rollups, where there are any, and above `floor` of quotes."""
@@ -106,15 +118,18 @@ async def statement(connection: Connection, sources: Sources, wanted: Range, spe
     Raises:
         InvalidRequest: more bars would be filled than are at once.
     """
-    value = {"last": "price", "bid": "bid", "ask": "ask", "mid": "round((bid + ask) / 2, 8)"}[spec.price]
-    raw = (
-        f"timestamp, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,"
+    value = VALUES[spec.price]
+    of_quotes = (
+        f"timestamp, nanos, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,"
         f" {value} * volume AS turnover, 1 AS count"
     )
-    found = await _stretches(connection, sources, wanted, spec)
+    prefix = ROLLED_UP.get(spec.price, "")
+    of_bars = "timestamp, 0 AS nanos, " + ", ".join(f"{prefix}{name} AS {name}" for name in BAR_COLUMNS.split(", "))
+    first, end = ceil(wanted.start), ceil(wanted.end)
+    found = await _stretches(connection, sources, first, end, spec)
     bucket, bucket_end = _buckets(spec, argument)
     filled = spec.fill != "none"
-    if filled and (wanted.end - wanted.start) / spec.interval.width > _MOST_FILLED:
+    if filled and (end - first) / spec.interval.width > _MOST_FILLED:
         raise InvalidRequest(f"At most {_MOST_FILLED} bars of a symbol are filled at once.", parameter="fill")
 
     def inner(span: Span | None) -> str:
@@ -122,43 +137,98 @@ async def statement(connection: Connection, sources: Sources, wanted: Range, spe
         beyond = "" if span or filled else f" + {argument(spec.interval.width + _LONG_DAY)}::interval"
         for part in found:
             # A filled bar may take its price from before the page, so each page looks at the whole range.
-            start = part.start if span is None or filled else max(part.start, span.start)
+            start = part.start if span is None or filled else max(part.start, ceil(span.start))
             if start >= part.end:
                 continue
             is_raw = part.source == rollups.RAW
-            symbol = "symbol = span.symbol" if span is None and filled else of_span(span, argument, beyond)
+            if span is not None:
+                symbol = f"symbol = {argument(span.symbol)}"
+            else:
+                symbol = "symbol = span.symbol" if filled else _OF_SPAN + beyond + ")"
             parts.append(f"""
-                SELECT {raw if is_raw else f"timestamp, {BAR_COLUMNS}"} FROM quotes.{part.source}
+                SELECT {of_quotes if is_raw else of_bars} FROM quotes.{part.source}
                 WHERE {symbol} AND timestamp >= {argument(start)}::timestamptz
                   AND timestamp < {argument(part.end)}::timestamptz
-                  {f"AND {value} IS NOT NULL" if is_raw else ""}""")
+                  AND {f"{value} IS NOT NULL" if is_raw else f"{prefix}count > 0"}""")
         # One ordered array gives both ends of a bar; the key's order makes its sort a no-op.
         bars = f"""
             SELECT bucket, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
                    volume, turnover, count
             FROM (SELECT {bucket} AS bucket,
-                         array_agg(open ORDER BY timestamp) AS opens, max(high) AS high, min(low) AS low,
-                         array_agg(close ORDER BY timestamp) AS closes, sum(volume) AS volume,
+                         array_agg(open ORDER BY timestamp, nanos) AS opens, max(high) AS high, min(low) AS low,
+                         array_agg(close ORDER BY timestamp, nanos) AS closes, sum(volume) AS volume,
                          sum(turnover) AS turnover, sum(count)::bigint AS count
                   FROM ({" UNION ALL ".join(parts)}) source
                   GROUP BY bucket) grouped"""
         if filled:
-            bars = _filled(bars, spec, wanted, argument)
-        low, high = ("span.start", "span.stop") if span is None else (argument(span.start), argument(span.stop))
+            bars = _filled(bars, spec, first, end, argument)
+        low, high = "span.start", "span.stop"
+        if span is not None:
+            low, high = argument(ceil(span.start)), argument(ceil(span.stop))
         return f"""
             SELECT bucket AS timestamp, {BAR_COLUMNS}, {bucket_end} <= now() AS final FROM ({bars}) bars
             WHERE bucket >= {low}::timestamptz AND bucket < {high}::timestamptz"""
 
-    return per_symbol(wanted, inner, f"{BAR_COLUMNS}, final", argument)
+    return per_symbol(wanted, inner, f"{BAR_COLUMNS}, final", argument, of_bars=True)
 
 
-async def _stretches(connection: Connection, sources: Sources, wanted: Range, spec: BarSpec) -> list[rollups.Stretch]:
+_OF_SPAN: Final = (
+    # Beside the constant bounds of the range, bounds on the time alone would be counted twice by the planner, which
+    # then takes the range for a few rows; so those of the span are compared together with the symbol.
+    "symbol = span.symbol AND (symbol, timestamp) >= (span.symbol, span.start)"
+    " AND (symbol, timestamp) < (span.symbol, span.stop"
+)
+_REASONS: Final = """
+SELECT given.symbol, EXISTS (SELECT FROM quotes.latest held WHERE held.symbol = given.symbol),
+       EXISTS (SELECT FROM quotes.real_time stored WHERE stored.symbol = given.symbol COLLATE "C"
+               AND stored.timestamp >= $2 AND stored.timestamp < $3){}
+FROM unnest($1::text[]) AS given (symbol)
+"""
+#: A minute of which there were quotes has a row, whatever they were.
+_DROPPED: Final = """
+    OR EXISTS (SELECT FROM quotes.ohlc_1m kept WHERE kept.symbol = given.symbol COLLATE "C"
+               AND kept.timestamp >= $2 AND kept.timestamp < $4)
+"""
+
+
+async def reasons(
+    connection: Connection, sources: Sources, symbols: Sequence[str], wanted: Range, spec: BarSpec
+) -> list[tuple[str, Reason]]:
+    """Why there are no bars of these symbols that start in the range."""
+    if not symbols:
+        return []
+    # The bars that start in the range are of the quotes from the first start in it to the first one after it.
+    argument = Arguments()
+    bounds = argument([min(max(ceil(bound), FIRST), LAST) for bound in (wanted.start, wanted.end)])
+    bucket, bucket_end = _buckets(spec, argument)
+    rows = await connection.fetch(
+        f"""
+        SELECT CASE WHEN bucket < timestamp THEN {bucket_end} ELSE bucket END
+        FROM (SELECT n, timestamp, {bucket} AS bucket
+              FROM unnest({bounds}::timestamptz[]) WITH ORDINALITY AS given (timestamp, n)) bounds
+        ORDER BY n""",
+        *argument.values,
+    )
+    first, end = (row[0] for row in rows)
+    statement, values = _REASONS.format(""), [list(symbols), first, end]
+    if sources.rollups and sources.floor is not None and first < sources.floor:
+        statement, values = _REASONS.format(_DROPPED), [*values, min(end, sources.floor)]
+    found = await connection.fetch(statement, *values)
+    without: Reason = "no-trades" if spec.price == "last" else "no-quotes"
+    return [
+        (symbol, without if present else "nothing-in-range" if known else "unknown") for symbol, known, present in found
+    ]
+
+
+async def _stretches(
+    connection: Connection, sources: Sources, start: datetime, end: datetime, spec: BarSpec
+) -> list[rollups.Stretch]:
     """What to read where. Without rollups the views of their names would compute all bars of a symbol."""
-    end = min(wanted.end, _LATEST_END) + spec.interval.width + _LONG_DAY
-    source = spec.source(wanted.start, end)
-    if not sources.rollups or spec.price != "last" or source == rollups.RAW:
-        return [rollups.Stretch(rollups.RAW, wanted.start, end)]
-    return await rollups.stretches(connection, source, wanted.start, end, sources.floor)
+    end = min(end, _LATEST_END) + spec.interval.width + _LONG_DAY
+    source = spec.source(start, end)
+    if not sources.rollups or spec.price not in ROLLED_UP or source == rollups.RAW:
+        return [rollups.Stretch(rollups.RAW, start, end)]
+    return await rollups.stretches(connection, source, start, end, sources.floor)
 
 
 def _buckets(spec: BarSpec, argument: Arguments) -> tuple[str, str]:
@@ -182,9 +252,9 @@ def _buckets(spec: BarSpec, argument: Arguments) -> tuple[str, str]:
     return f"({start}) AT TIME ZONE {tz}", f"({end}) AT TIME ZONE {tz}"
 
 
-def _filled(bars: str, spec: BarSpec, wanted: Range, argument: Arguments) -> str:
+def _filled(bars: str, spec: BarSpec, begin: datetime, stop: datetime, argument: Arguments) -> str:
     """The bars of a symbol with the gaps after its first one in the range filled."""
-    start, end = f"{argument(wanted.start)}::timestamptz", f"least({argument(wanted.end)}::timestamptz, now())"
+    start, end = f"{argument(begin)}::timestamptz", f"least({argument(stop)}::timestamptz, now())"
     in_utc = spec.in_utc and not spec.interval.months
     tz = "" if in_utc else f"{argument(spec.tz)}::text"
     width = argument(timedelta(seconds=spec.interval.seconds) if not spec.interval.months else timedelta(0))

@@ -5,75 +5,117 @@ every snapshot, because both change in one transaction. Rows are written and loc
 writers queue up instead of deadlocking.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
 import asyncpg
 import pyarrow as pa
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from app.batch import Batch, ends, joined
+from app.clock import floor, nanoseconds
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
-from app.model import SCHEMA, TICK, OnConflict, OnError, Receipt
+from app.quote.batch import Batch, Ends, ends, joined
+from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
+from app.quote.terms import OnConflict, OnError, Receipt
 from app.repository.receipts import IdempotencyKey, Receipts
 from app.settings import Settings
 
 _Result = TypeVar("_Result")
 
 _ATTEMPTS: Final = 3
-_VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
-_COLUMNS: Final = ", ".join(SCHEMA.names)
+#: TimescaleDB refuses a transaction that decompresses more than 100,000 rows, which a hundred late quotes of different
+#: hours can do. Time and the size of a batch bound a write here. Other servers take it for a setting of nobody.
+_UNBOUNDED: Final = "timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
+_COLUMNS: Final = ", ".join(COLUMNS.names)
+_KEY: Final = ", ".join(KEY)
+_PLACE: Final = f"timestamp, {NANOS}"
 
 #: Rows on their way to be merged, with the place of their request in the flush and their own in the request. It is
 #: made once a session; behind a transaction pooler any session may be the next. Its name changes with its columns.
 _STAGE: Final = """
 SET LOCAL client_min_messages = warning;
-CREATE TEMPORARY TABLE IF NOT EXISTS staged_quotes (
+CREATE TEMPORARY TABLE IF NOT EXISTS staged_rows (
     LIKE quotes.real_time, position int NOT NULL, request int NOT NULL) ON COMMIT DELETE ROWS;
-CREATE INDEX IF NOT EXISTS staged_quotes_request ON pg_temp.staged_quotes (request)
+CREATE INDEX IF NOT EXISTS staged_rows_request ON pg_temp.staged_rows (request)
 """
-_STAGED: Final = pa.schema([*SCHEMA, ("position", pa.int32()), ("request", pa.int32())])
+_STAGED: Final = pa.schema([*COLUMNS, ("position", pa.int32()), ("request", pa.int32())])
 _FROM_STAGE: Final = f"""
 INSERT INTO quotes.real_time AS stored ({_COLUMNS})
-SELECT {_COLUMNS} FROM pg_temp.staged_quotes WHERE request = $1
-ON CONFLICT (symbol, timestamp) DO
+SELECT {_COLUMNS} FROM pg_temp.staged_rows WHERE request = $1
+ON CONFLICT ({_KEY}) DO
 """
-_MERGE: Final = f"""
+
+
+def _upsert(new: Callable[[str], str]) -> str:
+    """Rows added, and rows changed, where a stored row takes the `new` value of each column."""
+    return f"""
 WITH written AS (
-    {_FROM_STAGE} UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _VALUES)}
-    WHERE ({", ".join(f"stored.{c}" for c in _VALUES)}) IS DISTINCT FROM ({", ".join(f"excluded.{c}" for c in _VALUES)})
+    {_FROM_STAGE} UPDATE SET {", ".join(f"{c} = {new(c)}" for c in VALUES)}
+    WHERE ({", ".join(f"stored.{c}" for c in VALUES)}) IS DISTINCT FROM ({", ".join(new(c) for c in VALUES)})
     RETURNING xmax = 0 AS inserted)
 SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
 """
+
+
+_UPSERT: Final[Mapping[OnConflict, str]] = MappingProxyType(
+    {
+        "update": _upsert(lambda column: f"excluded.{column}"),
+        "merge": _upsert(lambda column: f"coalesce(excluded.{column}, stored.{column})"),
+    }
+)
 #: The positions of the rows whose key is stored already.
 _ADD: Final = f"""
-WITH written AS ({_FROM_STAGE} NOTHING RETURNING symbol, timestamp)
-SELECT position FROM pg_temp.staged_quotes LEFT JOIN written USING (symbol, timestamp)
+WITH written AS ({_FROM_STAGE} NOTHING RETURNING {_KEY})
+SELECT position FROM pg_temp.staged_rows LEFT JOIN written USING ({_KEY})
 WHERE request = $1 AND written.symbol IS NULL ORDER BY position
 """
-_DELETE: Final = "DELETE FROM quotes.real_time WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3"
+_DELETE: Final = f"""
+DELETE FROM quotes.real_time
+WHERE symbol = $1 AND timestamp >= $2 AND timestamp <= $4 AND ({_PLACE}) >= ($2, $3) AND ({_PLACE}) < ($4, $5)
+"""
+_HELD: Final = f"""
+SELECT first_timestamp, first_{NANOS}, timestamp, {NANOS} FROM quotes.latest WHERE symbol = $1 FOR UPDATE
+"""
+
+
+def _outermost(order: Literal["ASC", "DESC"]) -> str:
+    return f"""
+SELECT {_PLACE} FROM quotes.real_time
+WHERE symbol = $1 AND timestamp >= $2 AND timestamp <= $4 AND ({_PLACE}) >= ($2, $3) AND ({_PLACE}) < ($4, $5)
+ORDER BY timestamp {order}, {NANOS} {order} LIMIT 1
+"""
+
+
+_OLDEST: Final = _outermost("ASC")
+_NEWEST: Final = _outermost("DESC")
 
 # The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
 # that writers who touch the same symbols queue up instead of deadlocking.
+_NEWER: Final = f"(excluded.timestamp, excluded.{NANOS}) >= (held.timestamp, held.{NANOS})"
+_OLDER: Final = f"(excluded.first_timestamp, excluded.first_{NANOS}) < (held.first_timestamp, held.first_{NANOS})"
+
+
+def _taken(columns: Iterable[str], where: str) -> str:
+    return ", ".join(f"{c} = CASE WHEN {where} THEN excluded.{c} ELSE held.{c} END" for c in columns)
+
+
 _LATEST: Final = f"""
-INSERT INTO quotes.latest AS held (symbol, first_timestamp, timestamp, {", ".join(_VALUES)})
-SELECT row.symbol, ends.first, row.timestamp, {", ".join(f"row.{c}" for c in _VALUES)}
-FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS ends (symbol, first, last)
-JOIN quotes.real_time row ON row.symbol = ends.symbol AND row.timestamp = ends.last
-WHERE row.timestamp >= $4 AND row.timestamp <= $5
+INSERT INTO quotes.latest AS held (symbol, first_timestamp, first_{NANOS}, {_PLACE}, {", ".join(VALUES)})
+SELECT row.symbol, ends.first, ends.first_nanos, row.timestamp, row.{NANOS}, {", ".join(f"row.{c}" for c in VALUES)}
+FROM unnest($1::text[], $2::timestamptz[], $3::smallint[], $4::timestamptz[], $5::smallint[])
+     AS ends (symbol, first, first_nanos, last, last_nanos)
+JOIN quotes.real_time row
+     ON row.symbol = ends.symbol AND row.timestamp = ends.last AND row.{NANOS} = ends.last_nanos
+WHERE row.timestamp >= $6 AND row.timestamp <= $7
 ORDER BY row.symbol
 ON CONFLICT (symbol) DO UPDATE
-SET first_timestamp = least(held.first_timestamp, excluded.first_timestamp),
-    timestamp = greatest(held.timestamp, excluded.timestamp),
-    {
-    ", ".join(
-        f"{c} = CASE WHEN excluded.timestamp >= held.timestamp THEN excluded.{c} ELSE held.{c} END" for c in _VALUES
-    )
-}
-WHERE excluded.timestamp >= held.timestamp OR excluded.first_timestamp < held.first_timestamp
+SET {_taken(("first_timestamp", f"first_{NANOS}"), _OLDER)},
+    {_taken(("timestamp", NANOS, *VALUES), _NEWER)}
+WHERE {_NEWER} OR {_OLDER}
 """
 
 
@@ -96,7 +138,7 @@ class Ingest:
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
-        self._chunk = settings.chunk_interval
+        self._chunk = settings.chunk_interval // timedelta(microseconds=1) * 1000
         #: Whether the last transaction met keys that were stored already.
         self._repeats = False
         self._write_timeout = int(settings.write_timeout.total_seconds() * 1000)
@@ -175,7 +217,9 @@ class Ingest:
         self, connection: Connection, work: Callable[[Connection], Awaitable[_Result]], end: str
     ) -> _Result:
         # One message: three round trips less a flush.
-        await connection.execute(f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SAVEPOINT fresh")
+        await connection.execute(
+            f"BEGIN; SET LOCAL statement_timeout = {self._write_timeout}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
+        )
         try:
             result = await work(connection)
         except BaseException:
@@ -196,7 +240,7 @@ class Ingest:
         """All rows at once, for the usual case that all are new; False if some key is stored or repeated."""
         try:
             await connection.copy_to_table(
-                "real_time", schema_name="quotes", columns=SCHEMA.names, format="binary", source=_encode(rows)
+                "real_time", schema_name="quotes", columns=COLUMNS.names, format="binary", source=_encode(rows)
             )
         except asyncpg.UniqueViolationError:
             await connection.execute("ROLLBACK TO SAVEPOINT fresh")
@@ -213,7 +257,7 @@ class Ingest:
             for place, write in enumerate(writes)
         ]
         await connection.copy_to_table(
-            "staged_quotes", schema_name="pg_temp", columns=_STAGED.names, format="binary",
+            "staged_rows", schema_name="pg_temp", columns=_STAGED.names, format="binary",
             source=_encode(pa.concat_batches(staged)),
         )  # fmt: skip
         results = [await self._merge_one(connection, write, place) for place, write in enumerate(writes)]
@@ -225,8 +269,8 @@ class Ingest:
 
     async def _merge_one(self, connection: Connection, write: Write, place: int) -> Receipt | QuotesError:
         batch = write.batch
-        if write.on_conflict == "update":
-            inserted, updated = await connection.fetchrow(_MERGE, place) or (0, 0)
+        if (statement := _UPSERT.get(write.on_conflict)) is not None:
+            inserted, updated = await connection.fetchrow(statement, place) or (0, 0)
             return batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
         if write.on_conflict == "error":
             await connection.execute("SAVEPOINT request")
@@ -243,8 +287,8 @@ class Ingest:
         await connection.execute("ROLLBACK TO SAVEPOINT request")
         return Conflict(rejections, batch.received)
 
-    async def delete(self, symbol: str, start: datetime, stop: datetime) -> int:
-        """Delete a symbol's quotes with `start <= timestamp < stop`; how many they were.
+    async def delete(self, symbol: str, start: int, stop: int) -> int:
+        """Delete a symbol's quotes in [`start`, `stop`), nanoseconds since 1970; how many they were.
 
         Raises:
             QueryTimeout: it ran over `write_timeout`; nothing was deleted.
@@ -253,72 +297,70 @@ class Ingest:
         """
 
         async def delete(connection: Connection) -> int:
-            done: str = await connection.execute(_DELETE, symbol, start, stop)
+            done: str = await connection.execute(_DELETE, symbol, *_pair(start), *_pair(stop))
             await self._mend_latest(connection, symbol, start, stop)
             return int(done.removeprefix("DELETE "))
 
         return await self._transaction(delete)
 
-    async def _mend_latest(self, connection: Connection, symbol: str, start: datetime, stop: datetime) -> None:
+    async def _mend_latest(self, connection: Connection, symbol: str, start: int, stop: int) -> None:
         """Bring a symbol's row of `quotes.latest` in line after a part of its quotes was deleted."""
         # Writers lock the row after their quotes, as this does: neither waits for the other in a circle.
-        held = await connection.fetchrow(
-            "SELECT first_timestamp, timestamp FROM quotes.latest WHERE symbol = $1 FOR UPDATE", symbol
-        )
+        held = await connection.fetchrow(_HELD, symbol)
         if held is None:
             return
-        first, last = held
+        first, last = nanoseconds(held[0]) + held[1], nanoseconds(held[2]) + held[3]
+        newest: int | None = last
         if start <= last < stop:
-            last = await self._outermost(connection, symbol, start, stop, first, last, "max")
-        if start <= first < stop and last is not None:
-            first = await self._outermost(connection, symbol, start, stop, first, last, "min")
+            newest = await self._newest_before(connection, symbol, start, first)
+        if start <= first < stop and newest is not None:
+            first = await self._oldest_from(connection, symbol, stop, newest)
         await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", symbol)
-        if last is not None:
-            await connection.execute(_LATEST, [symbol], [first], [last], last, last)
+        if newest is not None:
+            await self._hold(connection, {symbol: (first, newest)})
 
-    async def _outermost(
-        self,
-        connection: Connection,
-        symbol: str,
-        start: datetime,
-        stop: datetime,
-        first: datetime,
-        last: datetime,
-        end: Literal["min", "max"],
-    ) -> datetime | None:
-        """The time of a symbol's oldest or newest quote that is left in [`first`, `last`].
+    # Both search away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of a
+    # few chunks and not of two years.
 
-        Searched away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of
-        a few chunks and not of two years.
-        """
-        low, high = start, stop
+    async def _newest_before(self, connection: Connection, symbol: str, end: int, first: int) -> int | None:
+        """The instant of a symbol's newest quote in [`first`, `end`)."""
         step = self._chunk
-        while True:
-            found: datetime | None = await connection.fetchval(
-                f"SELECT {end}(timestamp) FROM quotes.real_time"
-                " WHERE symbol = $1 AND timestamp >= $2 AND timestamp < $3",
-                symbol, low, high,
-            )  # fmt: skip
-            if found is not None:
-                return found
-            if end == "max":
-                if low <= first:
-                    return None
-                low, high = max(low - step, first), low
-            else:
-                if high > last:
-                    return None
-                low, high = high, min(high + step, last + TICK)
-            step *= 2
+        while end > first:
+            start = max(end - step, first)
+            row = await connection.fetchrow(_NEWEST, symbol, *_pair(start), *_pair(end))
+            if row is not None:
+                return nanoseconds(row[0]) + int(row[1])
+            end, step = start, 2 * step
+        return None
+
+    async def _oldest_from(self, connection: Connection, symbol: str, start: int, last: int) -> int:
+        """The instant of a symbol's oldest quote from `start` on, whose newest is at `last`."""
+        step = self._chunk
+        while start < last:
+            end = min(start + step, last)
+            row = await connection.fetchrow(_OLDEST, symbol, *_pair(start), *_pair(end))
+            if row is not None:
+                return nanoseconds(row[0]) + int(row[1])
+            start, step = end, 2 * step
+        return last
 
     async def _update_latest(self, connection: Connection, stored: Sequence[Batch]) -> None:
         """Bring `quotes.latest` up to what was just stored."""
-        found = ends(stored)
-        if not found:
-            return
+        if found := ends(stored):
+            await self._hold(connection, found)
+
+    async def _hold(self, connection: Connection, found: Mapping[str, Ends]) -> None:
         symbols = sorted(found)
-        first, last = zip(*(found[symbol] for symbol in symbols), strict=True)
-        await connection.execute(_LATEST, symbols, first, last, min(last), max(last))
+        first_moments, first_nanos = zip(*(_pair(found[symbol][0]) for symbol in symbols), strict=True)
+        moments, nanos = zip(*(_pair(found[symbol][1]) for symbol in symbols), strict=True)
+        await connection.execute(
+            _LATEST, symbols, first_moments, first_nanos, moments, nanos, min(moments), max(moments)
+        )
+
+
+def _pair(instant: int) -> tuple[datetime, int]:
+    """An instant as it is stored: its microsecond and the nanoseconds after it."""
+    return floor(instant), instant % 1000
 
 
 async def _encode(rows: pa.RecordBatch) -> AsyncIterator[bytes]:

@@ -23,7 +23,7 @@ from app.repository.storage import Chunk
 from app.settings import Settings
 
 ROLLUPS: Final = (("ohlc_1m", timedelta(minutes=1)), ("ohlc_1h", timedelta(hours=1)), ("ohlc_1d", timedelta(days=1)))
-UNLIMITED: Final = timedelta(days=36_500)
+UNLIMITED: Final = timedelta(days=130_000)  # back to the first day that can be stored
 _STATEMENT: Final = timedelta(hours=6)  # one chunk, or one refresh of years
 _LOCK_MS: Final = 2_000  # everything on the chunk queues behind a lock that is waited for
 _TRIES: Final = 5
@@ -45,26 +45,31 @@ WITH rollup AS (SELECT mat_hypertable_id AS id, raw_hypertable_id AS source FROM
 SELECT EXISTS (SELECT FROM entry WHERE high >= _timescaledb_functions.to_unix_microseconds($1)
                                    AND low < _timescaledb_functions.to_unix_microseconds($2))
 """
-_KEPT_AND_STORED: Final = """
-SELECT (SELECT coalesce(sum(count), 0) FROM quotes.ohlc_1m WHERE timestamp >= $1 AND timestamp < $2),
-       (SELECT count(*) FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2)
+_REMNANT: Final = """
+SELECT kept.last > stored.last OR kept.mid > stored.mid
+FROM (SELECT coalesce(sum(count), 0) AS last, coalesce(sum(mid_count), 0) AS mid
+      FROM quotes.ohlc_1m WHERE timestamp >= $1 AND timestamp < $2) kept
+CROSS JOIN (SELECT count(price) AS last, count(bid + ask) AS mid
+            FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2) stored
 """
 _DELETE: Final = """
-WITH old AS (SELECT symbol, timestamp FROM quotes.real_time WHERE timestamp < $1 ORDER BY timestamp LIMIT $2)
+WITH old AS (SELECT timestamp, nanos FROM quotes.real_time
+             WHERE symbol = $1 AND timestamp < $2 ORDER BY timestamp, nanos LIMIT $3)
 DELETE FROM quotes.real_time stored USING old
-WHERE stored.symbol = old.symbol AND stored.timestamp = old.timestamp AND stored.timestamp < $1
+WHERE stored.symbol = $1 AND stored.timestamp = old.timestamp AND stored.nanos = old.nanos
 """
+_WITH_OLDER: Final = "SELECT symbol FROM quotes.latest WHERE first_timestamp < $1 ORDER BY symbol"
 # Locked in symbol order as the writers do. Who holds the lock may have seen what this snapshot does not, so the
 # statement that looks at the quotes is one of its own, with a snapshot taken after the locks.
 _LOCK_LATEST: Final = """
 SELECT symbol FROM quotes.latest WHERE first_timestamp < $1 AND symbol > $2 ORDER BY symbol LIMIT $3 FOR UPDATE
 """
 _FIRST: Final = """
-UPDATE quotes.latest held SET first_timestamp = oldest.timestamp
+UPDATE quotes.latest held SET first_timestamp = oldest.timestamp, first_nanos = oldest.nanos
 FROM unnest($1::text[]) AS given (symbol)
-CROSS JOIN LATERAL (SELECT timestamp FROM quotes.real_time stored
+CROSS JOIN LATERAL (SELECT timestamp, nanos FROM quotes.real_time stored
                     WHERE stored.symbol = given.symbol COLLATE "C" AND stored.timestamp >= $2 AND stored.timestamp < $3
-                    ORDER BY stored.timestamp LIMIT 1) oldest
+                    ORDER BY stored.timestamp, stored.nanos LIMIT 1) oldest
 WHERE held.symbol = given.symbol
 RETURNING held.symbol
 """
@@ -216,8 +221,7 @@ class MaintenanceRepository:
             _BEHIND, chunk.start, chunk.end
         ):
             return False
-        kept, stored = await self._connection.fetchrow(_KEPT_AND_STORED, chunk.start, chunk.end) or (0, 0)
-        if kept > stored:
+        if await self._connection.fetchval(_REMNANT, chunk.start, chunk.end):
             return False
         for name, width in ROLLUPS:
             # The coarser ones are built on the one below, which is complete on both sides of the chunk.
@@ -230,10 +234,15 @@ class MaintenanceRepository:
         end = _literal(chunk.end.isoformat())
         await self._patiently(f"SELECT drop_chunks('quotes.real_time', older_than => {end}::timestamptz)")
 
-    async def delete(self, now: datetime) -> int:
-        """Delete one batch of quotes that are past their retention from a plain table; how many."""
-        status = await self._connection.execute(_DELETE, self.cutoff(now), _DELETE_ROWS)
-        return int(status.split()[-1])
+    async def delete(self, now: datetime) -> AsyncIterator[int]:
+        """Delete quotes that are past their retention from a plain table, by the key; how many at each step."""
+        cutoff = self.cutoff(now)
+        for (symbol,) in await self._connection.fetch(_WITH_OLDER, cutoff):
+            deleted = _DELETE_ROWS
+            while deleted == _DELETE_ROWS:
+                status = await self._connection.execute(_DELETE, symbol, cutoff, _DELETE_ROWS)
+                deleted = int(status.split()[-1])
+                yield deleted
 
     async def fix_first(self, now: datetime) -> tuple[int, int]:
         """Bring `quotes.latest` in line with what was dropped: symbols whose first quote changed, symbols gone."""

@@ -19,25 +19,18 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Final, Self
 
-from app.batch import Batch
+from app.clock import Instant, Interval, nanoseconds
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
 from app.db.replicas import database_of
 from app.errors import QuotesError
-from app.model import (
-    SCHEMA,
-    Consistency,
-    Interval,
-    Limits,
-    OnConflict,
-    OnError,
-    Receipt,
-    Terms,
-    normal_symbol,
-)
+from app.quote.batch import Batch
+from app.quote.fields import COLUMNS, NANOS, VALUES
+from app.quote.rules import normal_symbol
+from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties
 from app.repository import bars
-from app.repository.bars import Bar, BarPrice, BarSpec
+from app.repository.bars import Bar, BarPrice, BarSpec, Reason
 from app.repository.ingest import Ingest, Write
 from app.repository.ranges import (
     Arguments,
@@ -45,32 +38,32 @@ from app.repository.ranges import (
     Range,
     Sort,
     Span,
-    aware,
     checked_range,
     day_bounds,
     normal_symbols,
-    of_span,
     page,
     per_symbol,
-    spans,
+    within,
 )
 from app.repository.receipts import IdempotencyKey
-from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN
+from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN, VWAP
 from app.settings import Settings
 
-_VALUES: Final = tuple(name for name in SCHEMA.names if name not in {"symbol", "timestamp"})
-_COLUMNS: Final = ", ".join(SCHEMA.names)
-
-# --- reading -------------------------------------------------------------------------------------------------
+_COLUMNS: Final = ", ".join(COLUMNS.names)
+#: Before and after whatever is stored.
+_FIRST: Final = -(10**21)
+_LAST: Final = 10**21
 
 
 @dataclass(frozen=True, slots=True)
 class SymbolSpan:
-    """A stored symbol with the times of its oldest and newest quote."""
+    """A stored symbol with the instants of its oldest and newest quote: a microsecond, and the nanoseconds after."""
 
     symbol: str
     first: datetime
+    first_nanos: int
     last: datetime
+    last_nanos: int
 
 
 class QuoteRepository:
@@ -114,18 +107,24 @@ class QuoteRepository:
         *,
         on_conflict: OnConflict = "update",
         on_error: OnError = "abort",
+        ties: Ties = "replace",
+        prices: Prices | None = None,
     ) -> Receipt:
-        """Check and store quotes (mappings with the fields of `Quote`); committed when this returns.
+        """Check and store quotes (mappings with the fields of a quote) on these `Terms`; committed when this returns.
+
+        A `timestamp` is RFC 3339, or an aware datetime; the nanoseconds of a pandas Timestamp count. `prices` is that
+        of the settings unless it is given.
 
         Raises:
             InvalidQuotes: a row breaks a rule and `on_error` is `abort`.
             Conflict: a key is stored, `on_conflict` is `error` and `on_error` is `abort`.
-            InvalidRequest: no rows, or too many distinct days.
+            InvalidRequest: too many distinct days.
             BodyTooLarge: too many rows.
             DatabaseUnavailable: nothing was stored.
             OutcomeUnknown: the connection broke while committing.
         """
-        batch = Batch.from_rows(quotes, Terms(self.limits(), on_error, on_conflict))
+        terms = Terms(self.limits(), on_error, on_conflict, None, ties, prices or self._settings.prices)
+        batch = Batch.from_rows(quotes, terms)
         (result,) = await self.write([Write(batch, on_conflict, on_error)])
         if isinstance(result, QuotesError):
             raise result
@@ -150,8 +149,8 @@ class QuoteRepository:
         """The receipt that is kept under a key, as `Ingest.replay`."""
         return await self._ingest.replay(key)
 
-    async def delete_quotes(self, symbol: str, start: datetime, end: datetime) -> int:
-        """Delete a symbol's quotes with `start <= timestamp < end` (aware); how many they were.
+    async def delete_quotes(self, symbol: str, start: Instant, end: Instant) -> int:
+        """Delete a symbol's quotes with `start <= timestamp < end`, exact to the nanosecond; how many they were.
 
         Range, count, bars and latest agree on it from the commit on. Bars of quotes that retention has dropped
         before are no longer made of quotes, and stay.
@@ -162,21 +161,23 @@ class QuoteRepository:
             DatabaseUnavailable: nothing was deleted.
             OutcomeUnknown: the connection broke while committing.
         """
-        name, (wanted, *_) = normal_symbol(symbol), spans(checked_range(symbol, start, end, 1, "asc"))
-        return await self._ingest.delete(name, wanted.start, wanted.stop)
+        wanted = checked_range(symbol, start, end, 1, "asc")
+        return await self._ingest.delete(wanted.symbols[0], wanted.start, wanted.end)
 
     # --- reading: objects ---
 
     async def get_quotes(
         self,
         symbols: str | Sequence[str],
-        start: datetime,
-        end: datetime,
+        start: Instant,
+        end: Instant,
         *,
         limit: int = 1000,
         sort: Sort = "asc",
     ) -> list[RealTimeQuote]:
-        """Up to `limit` quotes with `start <= timestamp < end` (aware), by symbol, then by time.
+        """Up to `limit` quotes with `start <= timestamp < end`, by symbol, then by time.
+
+        Bounds are aware datetimes, or nanoseconds since 1970, and exact to the nanosecond.
 
         Raises:
             InvalidRequest: a symbol cannot exist, a time is naive, or the range is reversed.
@@ -219,15 +220,16 @@ class QuoteRepository:
             DatabaseUnavailable: the database cannot be reached.
         """
         rows = await self._fetch(
-            "SELECT symbol, first_timestamp, timestamp FROM quotes.latest ORDER BY symbol", Arguments()
+            "SELECT symbol, first_timestamp, first_nanos, timestamp, nanos FROM quotes.latest ORDER BY symbol",
+            Arguments(),
         )
         return [SymbolSpan(*row) for row in rows]
 
     async def count_quotes(
         self,
         symbols: str | Sequence[str] | None = None,
-        start: datetime | None = None,
-        end: datetime | None = None,
+        start: Instant | None = None,
+        end: Instant | None = None,
         *,
         estimate: bool = False,
     ) -> int:
@@ -242,9 +244,9 @@ class QuoteRepository:
         conditions = ["true"]
         if symbols is not None:
             conditions.append(f"symbol = ANY({argument(normal_symbols(symbols))}::text[])")
-        for bound, operator in ((start, ">="), (end, "<")):
-            if bound is not None:
-                conditions.append(f"timestamp {operator} {argument(aware(bound))}::timestamptz")
+        if start is not None or end is not None:
+            first = _FIRST if start is None else nanoseconds(start)
+            conditions.append(within(first, _LAST if end is None else nanoseconds(end), argument))
         where = " AND ".join(conditions)
         if estimate:
             plan = await self._fetch(f"EXPLAIN (FORMAT JSON) SELECT FROM quotes.real_time WHERE {where}", argument)
@@ -256,8 +258,8 @@ class QuoteRepository:
         self,
         symbols: str | Sequence[str],
         interval: str | Interval,
-        start: datetime,
-        end: datetime,
+        start: Instant,
+        end: Instant,
         *,
         price: BarPrice = "last",
         tz: str = "UTC",
@@ -281,7 +283,7 @@ class QuoteRepository:
             statement = await bars.statement(connection, self._sources(), wanted, spec, argument)
             return await connection.fetch(
                 "SELECT symbol, timestamp, open, high, low, close, volume,"
-                f" round(turnover / nullif(volume, 0), 8), count, final FROM ({statement}) bars",
+                f" {VWAP}, count, final FROM ({statement}) bars",
                 *argument.values,
             )
 
@@ -295,19 +297,21 @@ class QuoteRepository:
         statement = _quotes(wanted, argument)
         return await self._read(lambda connection: page(connection, statement, QUOTE, wanted, argument))
 
-    async def bars_page(self, wanted: Range, spec: BarSpec) -> Page:
-        """A page of bars; errors as in `get_bars`."""
+    async def bars_page(self, wanted: Range, spec: BarSpec) -> tuple[Page, list[tuple[str, Reason]]]:
+        """A page of bars, and why it has none of the symbols that it might have had; errors as in `get_bars`."""
         return await self._bars_page(wanted, spec, BAR)
 
-    async def summary_page(self, wanted: Range) -> Page:
-        """A page of daily summaries in UTC days; errors as in `get_bars`."""
-        return await self._bars_page(wanted, BarSpec(Interval(1, "d")), SUMMARY)
+    async def summary_page(self, wanted: Range, price: BarPrice) -> tuple[Page, list[tuple[str, Reason]]]:
+        """A page of daily summaries in UTC days, as `bars_page`."""
+        return await self._bars_page(wanted, BarSpec(Interval(1, "d"), price), SUMMARY)
 
-    async def _bars_page(self, wanted: Range, spec: BarSpec, row: str) -> Page:
-        async def work(connection: Connection) -> Page:
+    async def _bars_page(self, wanted: Range, spec: BarSpec, row: str) -> tuple[Page, list[tuple[str, Reason]]]:
+        async def work(connection: Connection) -> tuple[Page, list[tuple[str, Reason]]]:
             argument = Arguments()
-            statement = await bars.statement(connection, self._sources(), wanted, spec, argument)
-            return await page(connection, statement, row, wanted, argument)
+            sources = self._sources()
+            statement = await bars.statement(connection, sources, wanted, spec, argument)
+            found = await page(connection, statement, row, wanted, argument)
+            return found, await bars.reasons(connection, sources, found.without_rows(wanted), wanted, spec)
 
         return await self._read(work)
 
@@ -336,7 +340,8 @@ class QuoteRepository:
         rows = await self._fetch(
             f"SELECT coalesce(string_agg({SYMBOL_SPAN}, ',') FILTER (WHERE n <= $2), ''),"
             " max(symbol) FILTER (WHERE n = $2), count(*)"
-            " FROM (SELECT symbol, first_timestamp, timestamp, row_number() OVER (ORDER BY symbol) AS n"
+            " FROM (SELECT symbol, first_timestamp, first_nanos, timestamp, nanos,"
+            " row_number() OVER (ORDER BY symbol) AS n"
             " FROM quotes.latest WHERE $1::text IS NULL OR symbol > $1 ORDER BY symbol LIMIT $2 + 1) held",
             Arguments([after, limit]),
         )
@@ -359,9 +364,15 @@ def _quotes(wanted: Range, argument: Arguments) -> str:
     """The statement for a range of quotes."""
 
     def inner(span: Span | None) -> str:
-        start, stop = (wanted.start, wanted.end) if span is None else (span.start, span.stop)
-        return f"""
-            SELECT {", ".join(SCHEMA.names[1:])} FROM quotes.real_time
-            WHERE {of_span(span, argument)} AND timestamp >= {argument(start)} AND timestamp < {argument(stop)}"""
+        if span is None:
+            # Together with the symbol the bounds of a span use the key, alone they choose batches of the columnstore.
+            condition = f"""
+                symbol = span.symbol AND {within(wanted.start, wanted.end, argument)}
+                AND timestamp >= span.start AND timestamp <= span.stop
+                AND (symbol, timestamp, {NANOS}) >= (span.symbol, span.start, span.start_nanos)
+                AND (symbol, timestamp, {NANOS}) < (span.symbol, span.stop, span.stop_nanos)"""
+        else:
+            condition = f"symbol = {argument(span.symbol)} AND {within(span.start, span.stop, argument)}"
+        return f"SELECT {', '.join(COLUMNS.names[1:])} FROM quotes.real_time WHERE {condition}"
 
-    return per_symbol(wanted, inner, ", ".join(_VALUES), argument)
+    return per_symbol(wanted, inner, ", ".join(VALUES), argument)

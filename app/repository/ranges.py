@@ -1,9 +1,10 @@
-"""Ranges of rows by symbol and time: what is asked for, one page at a time, and the statement around it.
+"""Ranges of rows by symbol and instant: what is asked for, one page at a time, and the statement around it.
 
 Invariant: a statement carries its range as constants, so that it locks the chunks of that range only, and pages
-joined are the whole, because a page begins right after the key where the last one ended.
+joined are the whole, because a page begins at the nanosecond after the key where the last one ended.
 """
 
+import bisect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from app.clock import Instant, ceil, floor, nanoseconds, parse, rfc3339
 from app.db.engine import Connection
 from app.errors import InvalidRequest
-from app.model import TICK, normal_symbol, rfc3339
+from app.quote.fields import NANOS
+from app.quote.rules import normal_symbol
 
 Sort = Literal["asc", "desc"]
 
@@ -23,17 +26,17 @@ class Position:
     """Where a page ended: the key of its last row, and under `limit_per_symbol` how many of its symbol were given."""
 
     symbol: str
-    timestamp: datetime
+    instant: int
     given: int
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of quotes or bars: `start` inclusive, `end` exclusive, both aware; rows by symbol, then by time."""
+    """A range of quotes or bars, [`start`, `end`) in nanoseconds since 1970; rows by symbol, then by time."""
 
     symbols: Sequence[str]
-    start: datetime
-    end: datetime
+    start: int
+    end: int
     limit: int = 1000
     sort: Sort = "asc"
     limit_per_symbol: int | None = None
@@ -42,11 +45,23 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Rows as the text of JSON objects joined by commas, and the position of the last one if more follow."""
+    """Rows as the texts of JSON objects, and the position of the last one if more follow."""
 
-    rows: str
-    count: int
+    rows: list[str]
     next: Position | None
+
+    def without_rows(self, wanted: Range) -> list[str]:
+        """The symbols that this page and those before it are done with, and of which this page might have had rows."""
+        after = wanted.after.symbol if wanted.after is not None else ""
+        given = [symbol for symbol in sorted(set(wanted.symbols)) if symbol > after]
+        if self.next is not None:
+            given = [symbol for symbol in given if symbol <= self.next.symbol]
+        found = []
+        for symbol in given:
+            place = bisect.bisect_left(self.rows, symbol, key=symbol_of)
+            if place == len(self.rows) or symbol_of(self.rows[place]) != symbol:
+                found.append(symbol)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +69,8 @@ class Span:
     """The part of a range that is still wanted of one symbol, and how many rows at most."""
 
     symbol: str
-    start: datetime
-    stop: datetime
+    start: int
+    stop: int
     rows: int
 
 
@@ -71,6 +86,14 @@ class Arguments:
         return f"${len(self.values)}"
 
 
+_OPENING = '{"symbol":"'
+
+
+def symbol_of(row: str) -> str:
+    """The symbol of a row as the text of a JSON object, which begins with it."""
+    return row[len(_OPENING) : row.index('"', len(_OPENING))]
+
+
 async def page(connection: Connection, relation: str, row: str, wanted: Range, argument: Arguments) -> Page:
     """A page of a relation of rows, each as the text of a JSON object."""
     # The position is read from the last row's own text: a window function for it doubled the query's time.
@@ -78,62 +101,80 @@ async def page(connection: Connection, relation: str, row: str, wanted: Range, a
         f"SELECT coalesce(array_agg({row}), '{{}}') FROM ({relation}) found", *argument.values
     )
     if len(rows) <= wanted.limit:
-        return Page(",".join(rows), len(rows), None)
+        return Page(rows, None)
     del rows[wanted.limit :]
     last = json.loads(rows[-1])
-    symbol, timestamp = last["symbol"], datetime.fromisoformat(last["timestamp"])
+    symbol = last["symbol"]
     of_symbol = 0
     if wanted.limit_per_symbol is not None:
-        opening = f'{{"symbol":"{symbol}",'
+        opening = f'{_OPENING}{symbol}",'
         of_symbol = sum(text.startswith(opening) for text in rows)
         if wanted.after is not None and wanted.after.symbol == symbol:
             of_symbol += wanted.after.given
-    return Page(",".join(rows), len(rows), Position(symbol, timestamp, of_symbol))
+    return Page(rows, Position(symbol, parse(last["timestamp"]), of_symbol))
 
 
-def per_symbol(wanted: Range, inner: Callable[[Span | None], str], columns: str, argument: Arguments) -> str:
-    """Run `inner` for each symbol on its part of the range and stop after one row more than the limit."""
+def per_symbol(
+    wanted: Range, inner: Callable[[Span | None], str], columns: str, argument: Arguments, *, of_bars: bool = False
+) -> str:
+    """Run `inner` for each symbol on its part of the range and stop after one row more than the limit.
+
+    Quotes come in the order of their microsecond and the nanoseconds after it; bars begin at a microsecond.
+    """
     wanted_spans = spans(wanted)
     most = argument(wanted.limit + 1)
+    order = ("timestamp",) if of_bars else ("timestamp", NANOS)
+    by = ", ".join(f"{column} {wanted.sort}" for column in order)
     if len(wanted_spans) == 1:
         # One symbol is in order as it comes, and its values are constants to the planner.
         (span,) = wanted_spans
         return f"""
             SELECT {argument(span.symbol)}::text AS symbol, row.*
-            FROM (SELECT timestamp, {columns} FROM ({inner(span)}) part
-                  ORDER BY timestamp {wanted.sort} LIMIT {argument(span.rows)}) row
+            FROM (SELECT {", ".join(order)}, {columns} FROM ({inner(span)}) part
+                  ORDER BY {by} LIMIT {argument(span.rows)}) row
             LIMIT {most}"""
-    symbols = argument([span.symbol for span in wanted_spans])
-    starts, stops = argument([span.start for span in wanted_spans]), argument([span.stop for span in wanted_spans])
+    whole = ceil if of_bars else floor
+    bounds = ", ".join(
+        f"{argument(values)}::{kind}[]"
+        for values, kind in (
+            ([span.symbol for span in wanted_spans], "text"),
+            ([whole(span.start) for span in wanted_spans], "timestamptz"),
+            ([span.start % 1000 for span in wanted_spans], "smallint"),
+            ([whole(span.stop) for span in wanted_spans], "timestamptz"),
+            ([span.stop % 1000 for span in wanted_spans], "smallint"),
+            ([span.rows for span in wanted_spans], "int"),
+        )
+    )
     return f"""
-        SELECT span.symbol, row.timestamp, {columns}
-        FROM (SELECT * FROM unnest({symbols}::text[], {starts}::timestamptz[], {stops}::timestamptz[],
-                                   {argument([span.rows for span in wanted_spans])}::int[])
-                            AS given (symbol, start, stop, rows)
+        SELECT span.symbol, {", ".join(f"row.{column}" for column in order)}, {columns}
+        FROM (SELECT * FROM unnest({bounds}) AS given (symbol, start, start_nanos, stop, stop_nanos, rows)
               ORDER BY symbol COLLATE "C") span
-        CROSS JOIN LATERAL (SELECT * FROM ({inner(None)}) part ORDER BY timestamp {wanted.sort} LIMIT span.rows) row
-        ORDER BY span.symbol COLLATE "C", row.timestamp {wanted.sort}
+        CROSS JOIN LATERAL (SELECT * FROM ({inner(None)}) part ORDER BY {by} LIMIT span.rows) row
+        ORDER BY span.symbol COLLATE "C", {", ".join(f"row.{column} {wanted.sort}" for column in order)}
         LIMIT {most}"""
 
 
-def of_span(span: Span | None, argument: Arguments, beyond: str = "") -> str:
-    """The condition that a row is of the span, or without one of the row `span` of the statement.
+def within(start: int, stop: int, argument: Arguments) -> str:
+    """The condition that a quote lies in [`start`, `stop`), both nanoseconds since 1970.
 
-    The bounds of a row of spans are compared together with the symbol. Beside the constant bounds of the range,
-    bounds on the time alone would be counted twice by the planner, which then takes the range for a few rows.
+    A bound between two microseconds is one on the microsecond, for the choice of chunks, and one on the pair.
     """
-    if span is not None:
-        return f"symbol = {argument(span.symbol)}"
+    first, last = argument(floor(start)), argument(floor(stop))
+    condition = f"timestamp >= {first}::timestamptz"
+    if start % 1000:
+        condition += f" AND (timestamp, {NANOS}) >= ({first}::timestamptz, {argument(start % 1000)}::smallint)"
+    if not stop % 1000:
+        return f"{condition} AND timestamp < {last}::timestamptz"
     return (
-        "symbol = span.symbol AND (symbol, timestamp) >= (span.symbol, span.start)"
-        f" AND (symbol, timestamp) < (span.symbol, span.stop{beyond})"
+        f"{condition} AND timestamp <= {last}::timestamptz"
+        f" AND (timestamp, {NANOS}) < ({last}::timestamptz, {argument(stop % 1000)}::smallint)"
     )
 
 
 def spans(wanted: Range) -> list[Span]:
     """What is still wanted of each symbol, by symbol: all of it, or what lies after the last page's position.
 
-    Past symbols are gone; the current one goes on a microsecond, the resolution of a timestamp, after its last row.
+    Past symbols are gone; the current one goes on a nanosecond, the resolution of an instant, after its last row.
     """
     most = wanted.limit + 1
     rows = min(wanted.limit_per_symbol or most, most)
@@ -142,14 +183,14 @@ def spans(wanted: Range) -> list[Span]:
         return [Span(symbol, wanted.start, wanted.end, rows) for symbol in sorted(set(wanted.symbols))]
     left = rows if wanted.limit_per_symbol is None else min(wanted.limit_per_symbol - after.given, most)
     if wanted.sort == "asc":
-        current = Span(after.symbol, after.timestamp + TICK, wanted.end, left)
+        current = Span(after.symbol, after.instant + 1, wanted.end, left)
     else:
-        current = Span(after.symbol, wanted.start, after.timestamp, left)
+        current = Span(after.symbol, wanted.start, after.instant, left)
     later = sorted({symbol for symbol in wanted.symbols if symbol > after.symbol})
     return [current, *(Span(symbol, wanted.start, wanted.end, rows) for symbol in later)]
 
 
-def checked_range(symbols: str | Sequence[str], start: datetime, end: datetime, limit: int, sort: Sort) -> Range:
+def checked_range(symbols: str | Sequence[str], start: Instant, end: Instant, limit: int, sort: Sort) -> Range:
     """A range whose parts have a meaning.
 
     Raises:
@@ -157,9 +198,12 @@ def checked_range(symbols: str | Sequence[str], start: datetime, end: datetime, 
     """
     if limit < 1:
         raise InvalidRequest("A limit is at least 1.", parameter="limit")
-    if aware(start) >= aware(end):
-        raise InvalidRequest(f"The range is empty: {rfc3339(start)} is not before {rfc3339(end)}.", parameter="start")
-    return Range(normal_symbols(symbols), start, end, limit, sort)
+    first, last = nanoseconds(start), nanoseconds(end)
+    if first >= last:
+        raise InvalidRequest(
+            f"The range is empty: {rfc3339(floor(first))} is not before {rfc3339(floor(last))}.", parameter="start"
+        )
+    return Range(normal_symbols(symbols), first, last, limit, sort)
 
 
 def normal_symbols(symbols: str | Sequence[str]) -> list[str]:
@@ -169,17 +213,6 @@ def normal_symbols(symbols: str | Sequence[str]) -> list[str]:
         InvalidRequest: one cannot be the name of a stored symbol.
     """
     return [normal_symbol(symbol) for symbol in ([symbols] if isinstance(symbols, str) else symbols)]
-
-
-def aware(moment: datetime) -> datetime:
-    """The moment, if it carries an offset.
-
-    Raises:
-        InvalidRequest: it is naive.
-    """
-    if moment.tzinfo is None:
-        raise InvalidRequest("A time carries an offset; a naive one has no place on the time line.")
-    return moment
 
 
 def zone(name: str) -> ZoneInfo:

@@ -15,7 +15,7 @@ import msgspec
 
 from app.db.engine import Connection
 from app.errors import IdempotencyKeyInUse, IdempotencyKeyReused, QuotesError
-from app.model import Receipt
+from app.quote.terms import Receipt
 
 _LOCK: Final = "SELECT lock, pg_try_advisory_xact_lock(lock) FROM unnest($1::bigint[]) AS lock"
 _FIND: Final = """

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
+from app.clock import EPOCH, floor, microseconds
 from app.db.engine import Connection
-from app.model import EPOCH, instant, microseconds
 
 #: Rollups from coarse to fine with the width of their buckets, all aligned to midnight in UTC.
 ROLLUPS: Final = (
@@ -118,4 +118,4 @@ def _moment(value: int, lowest: datetime, highest: datetime) -> datetime:
         return lowest
     if value >= microseconds(highest):
         return highest
-    return instant(value)
+    return floor(1000 * value)

@@ -2,10 +2,17 @@
 
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "r4"
+down_revision = "r3"
 branch_labels = None
 depends_on = None
+
+COMMENTS = {
+    "key": "Key that the client gave",
+    "fingerprint": "Hash of all that the request asked for",
+    "receipt": "Answer that the request got",
+    "created": "When the receipt was kept",
+}
 
 
 def upgrade() -> None:
@@ -17,6 +24,9 @@ def upgrade() -> None:
             receipt     json NOT NULL,
             created     timestamptz NOT NULL DEFAULT now()
         )""")
+    op.execute("COMMENT ON TABLE quotes.receipts IS 'Receipts of requests with an idempotency key, until it expires'")
+    for column, meaning in COMMENTS.items():
+        op.execute(f"COMMENT ON COLUMN quotes.receipts.{column} IS '{meaning}'")
     op.execute("CREATE INDEX receipts_created ON quotes.receipts (created)")
 
 

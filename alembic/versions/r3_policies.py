@@ -12,8 +12,8 @@ from alembic import context, op
 
 from app.db.capability import Level
 
-revision = "0003"
-down_revision = "0002"
+revision = "r3"
+down_revision = "r2"
 branch_labels = None
 depends_on = None
 
@@ -23,7 +23,10 @@ REFRESH = (
     ("ohlc_1h", "1 hour", "5 minutes", 100 * 24),
     ("ohlc_1d", "1 day", "15 minutes", 1000),
 )
-UNLIMITED = timedelta(days=36500)
+#: The first release that adds a bloom filter over the columns of a key.
+COMPOSITE_BLOOM = (2, 26)
+#: Back to the first day that can be stored.
+UNLIMITED = timedelta(days=130_000)
 
 
 def _interval(span: timedelta) -> str:
@@ -42,10 +45,15 @@ def upgrade() -> None:
             SELECT add_continuous_aggregate_policy('quotes.{name}', start_offset => {_interval(start)},
                        end_offset => interval '{end}', schedule_interval => interval '{every}',
                        buckets_per_batch => {buckets})""")
-    op.execute("""
+    # By itself TimescaleDB would keep a bloom filter over timestamp and nanos: a tenth of all bytes, for 5 us less for
+    # each new row that is merged into a compressed chunk. To name another index is the way to have none; an empty list
+    # would end the server at the next upsert (2.29.2).
+    release = tuple(map(int, attributes["capability"].timescaledb.split(".")[:2]))
+    sparse = """, timescaledb.sparse_index = 'minmax("timestamp")'""" if release >= COMPOSITE_BLOOM else ""
+    op.execute(f"""
         ALTER TABLE quotes.real_time
         SET (timescaledb.enable_columnstore, timescaledb.segmentby = 'symbol',
-             timescaledb.orderby = 'timestamp DESC')""")
+             timescaledb.orderby = 'timestamp DESC, nanos DESC'{sparse})""")
     op.execute(f"CALL add_columnstore_policy('quotes.real_time', after => {_interval(settings.compress_after)})")
     if retention is not None:
         op.execute(f"SELECT add_retention_policy('quotes.real_time', drop_after => {_interval(retention)})")

@@ -60,6 +60,10 @@ def microseconds(moment: datetime) -> int:
     return (moment - EPOCH) // MICROSECOND
 
 
+_FIRST_COUNT: Final = microseconds(_MIN)
+_LAST_COUNT: Final = microseconds(_MAX)
+
+
 def nanoseconds(moment: Instant) -> int:
     """Nanoseconds from 1970-01-01T00:00Z to an aware moment; those of a pandas Timestamp are among them.
 
@@ -76,9 +80,9 @@ def nanoseconds(moment: Instant) -> int:
 def floor(instant: int) -> datetime:
     """The microsecond that an instant lies in, or the end of the calendar that it lies beyond."""
     count = instant // 1000
-    if count <= microseconds(_MIN):
+    if count <= _FIRST_COUNT:
         return _MIN
-    return _MAX if count >= microseconds(_MAX) else EPOCH + count * MICROSECOND
+    return _MAX if count >= _LAST_COUNT else EPOCH + timedelta(microseconds=count)
 
 
 def ceil(instant: int) -> datetime:

@@ -170,7 +170,6 @@ async def test_the_model_has_the_columns_of_the_table(database: Database) -> Non
 SOUND: dict[str, Any] = {"symbol": "A", "timestamp": datetime(2026, 1, 1, tzinfo=UTC), "nanos": 0, "price": Decimal(1)}
 
 
-@pytest.mark.parametrize("table", ["real_time", "latest"])
 @pytest.mark.parametrize(
     "bad",
     [
@@ -185,36 +184,33 @@ SOUND: dict[str, Any] = {"symbol": "A", "timestamp": datetime(2026, 1, 1, tzinfo
     ],
     ids=str,
 )
-async def test_what_no_quote_can_be_is_refused_by_the_table(
-    database: Database, table: str, bad: dict[str, Any]
-) -> None:
-    with pytest.raises(asyncpg.CheckViolationError, match=f"{table}_row"):
-        await _insert_and_undo(database, table, SOUND | bad)
+async def test_what_no_quote_can_be_is_refused_by_the_table(database: Database, bad: dict[str, Any]) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match="real_time_row"):
+        await _insert_and_undo(database, SOUND | bad)
 
 
-@pytest.mark.parametrize("table", ["real_time", "latest"])
-async def test_the_ends_of_what_a_quote_can_be_are_taken_by_the_table(database: Database, table: str) -> None:
+async def test_the_ends_of_what_a_quote_can_be_are_taken_by_the_table(database: Database) -> None:
     for sound in (
         {"nanos": 999, "symbol": "A" * 64, "source": "\U0001f600" * 255},
         {"price": None, "bid": Decimal(1)},
         {"price": None, "ask": Decimal(-1)},
         {"price": Decimal(10**16) - Decimal("1e-12"), "timestamp": datetime(1677, 9, 22, tzinfo=UTC)},
     ):
-        await _insert_and_undo(database, table, SOUND | sound)
+        await _insert_and_undo(database, SOUND | sound)
     for price in ("Infinity", "1e16"):
         with pytest.raises(asyncpg.NumericValueOutOfRangeError):
-            await _insert_and_undo(database, table, SOUND | {"price": Decimal(price)})
+            await _insert_and_undo(database, SOUND | {"price": Decimal(price)})
 
 
-async def _insert_and_undo(database: Database, table: str, row: dict[str, Any]) -> None:
-    if table == "latest":
-        row = row | {"first_timestamp": row["timestamp"]}
+async def _insert_and_undo(database: Database, row: dict[str, Any]) -> None:
     places = ", ".join(f"${place}" for place in range(1, len(row) + 1))
     async with database.acquire() as connection:
         transaction = connection.transaction()
         await transaction.start()
         try:
-            await connection.execute(f"INSERT INTO quotes.{table} ({', '.join(row)}) VALUES ({places})", *row.values())
+            await connection.execute(
+                f"INSERT INTO quotes.real_time ({', '.join(row)}) VALUES ({places})", *row.values()
+            )
         finally:
             await transaction.rollback()
 

@@ -160,7 +160,7 @@ class Batch:
                 return cls._few(given, terms, pointer)
             except Unusual:
                 return None
-        table = columns.of_lists({name: list(map(get, given)) for name, get in rows.GETTERS.items()})
+        table = columns.of_lists(rows.by_field(given))
         return None if table is None else cls.from_table(table, terms, pointer=pointer)
 
     @classmethod

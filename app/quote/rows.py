@@ -7,7 +7,7 @@ both.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Context, Decimal, Inexact, InvalidOperation
+from decimal import Decimal
 from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,6 @@ from app.quote.fields import (
     DECIMAL,
     FIELDS,
     NAMES,
-    PRECISION,
     PRICES,
     REQUIRED,
     SIZES,
@@ -32,7 +31,7 @@ from app.quote.fields import (
     TEXTS,
     is_added,
 )
-from app.quote.rules import TICK, Checks, Refused, Rule
+from app.quote.rules import Checks, Refused, Rule
 from app.quote.terms import Terms
 
 #: A quote as it arrives: shape checked, rules not; numbers with a fraction are the text they were written in.
@@ -54,8 +53,11 @@ Record = tuple[Any, ...]
 #: A batch up to this long is checked row by row in 5 us each; columns cost 900 us whatever their length.
 FEW: Final = 150
 
-#: What takes the value of each field out of a row.
-GETTERS: Final[Mapping[str, Callable[[Any], Any]]] = {name: attrgetter(name) for name in NAMES}
+#: Takes the values of each field out of rows. Written out by field, as one would by hand: 0.1 us a row, where getters
+#: take 0.2.
+by_field: Final[Callable[[Sequence[Any]], dict[str, list[Any]]]] = eval(  # noqa: S307  the text is made of field names
+    "lambda rows: {" + ", ".join(f"{name!r}: [row.{name} for row in rows]" for name in NAMES) + "}"
+)
 
 _KNOWN: Final = frozenset(NAMES)
 _values: Final[Callable[[Any], tuple[Any, ...]]] = attrgetter(*NAMES)
@@ -70,9 +72,6 @@ _PLAIN_INSTANT: Final = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?)((?<=\.[0-9]{6})[0-9]{1,3}|)"
     r"(Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
-_PLAIN_NUMBER: Final = re.compile(r"-?[0-9]{1,16}(\.[0-9]{1,12})?([eE][+-]?[0-9]{1,2})?")
-#: Refuses to round, and what has too many digits before the point.
-_EXACT: Final = Context(prec=PRECISION, traps=[Inexact, InvalidOperation])
 _ZERO: Final = Decimal(0)
 
 
@@ -173,12 +172,18 @@ def _moment(value: Any, terms: Terms) -> tuple[datetime, int]:
 
 
 def _number(value: Any) -> Decimal:
-    if type(value) is not int and not (type(value) is str and _PLAIN_NUMBER.fullmatch(value)):
+    number = rules.plain(value)
+    if number is None:
         raise Unusual
-    return _EXACT.quantize(Decimal(value), TICK)
+    return number
 
 
 # --- the thorough way ---
+
+
+def _are_sound(values: Iterable[Any]) -> bool:
+    """Whether all are null or texts of ASCII, which hold nothing that can be refused here."""
+    return all(value is None or (type(value) is str and value.isascii()) for value in values)
 
 
 class Reader:
@@ -212,12 +217,19 @@ class Reader:
         """The values of a field, None where one is absent or refused."""
         kind, required = BY_NAME[name].kind, name in REQUIRED
         precision = self._checks.terms.precision
+        values = [self._rows[i].get(name) for i in keep]
+        if kind in {"symbol", "text"} and not (required and None in values) and _are_sound(values):
+            return values
+        of_numbers = kind in {"price", "size"}
         found: list[Any] = []
         rounded: list[int] = []
-        for i in keep:
+        for i, given in zip(keep, values, strict=True):
             value, was_rounded, fault = None, False, None
+            if of_numbers and (given is None or (value := rules.plain(given)) is not None):
+                found.append(value)
+                continue
             try:
-                value, was_rounded = rules.read(kind, self._rows[i].get(name), precision)
+                value, was_rounded = rules.read(kind, given, precision)
                 fault = rules.MISSING if required and value is None else None
             except Refused as refusal:
                 fault = refusal.rule

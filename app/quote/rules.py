@@ -78,6 +78,9 @@ FIRST_COUNTED: Final = nanoseconds(datetime.fromisoformat("1990-01-01T00:00:00+0
 LAST_COUNTED: Final = 2**63 - 1
 _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?)0*([0-9]+))?")
 _EXPONENT_DIGITS: Final = 3
+_PLAIN_NUMBER: Final = re.compile(r"-?[0-9]{1,16}(\.[0-9]{1,12})?([eE][+-]?[0-9]{1,2})?")
+#: Refuses to round, and what has too many digits before the point.
+_EXACT: Final = decimal.Context(prec=PRECISION, traps=[decimal.Inexact, decimal.InvalidOperation])
 _WIDE: Final = decimal.Context(prec=2 * NUMBER_LENGTH, rounding=ROUND_HALF_UP)
 _LEAST: Final = -1000
 _LETTERS: Final = r"[A-Z0-9.\-=^/:_&@+$#!]+"
@@ -225,12 +228,28 @@ def _of_text(written: str, noun: str) -> Decimal:
     return found
 
 
+def plain(value: Any) -> Decimal | None:
+    """What is stored of a number without a fault in its usual form; None if it is another, or might have one."""
+    kind = type(value)
+    if kind is float:
+        value = repr(value)
+    elif kind is not int and kind is not Decimal and not (kind is str and _PLAIN_NUMBER.fullmatch(value)):
+        return None
+    try:
+        found = _EXACT.quantize(Decimal(value), TICK)
+    except ArithmeticError:
+        return None
+    return found if found.is_finite() else None
+
+
 def exact(value: object, noun: str) -> tuple[Decimal, bool]:
     """A price or size as it is stored, and whether it was rounded for that, half away from zero.
 
     Raises:
         Refused: it is no number, 10^16 or more, or rounding would change it by more than a millionth.
     """
+    if (usual := plain(value)) is not None:
+        return usual, False
     given = number(value, noun)
     stored = given.quantize(TICK, context=_WIDE)
     if stored == given:

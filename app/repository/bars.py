@@ -149,17 +149,20 @@ async def statement(connection: Connection, sources: Sources, wanted: Range, spe
                 SELECT {of_quotes if is_raw else of_bars} FROM quotes.{part.source}
                 WHERE {symbol} AND timestamp >= {argument(start)}::timestamptz
                   AND timestamp < {argument(part.end)}::timestamptz
-                  AND {f"{value} IS NOT NULL" if is_raw else f"{prefix}count > 0"}""")
-        # One ordered array gives both ends of a bar; the key's order makes its sort a no-op.
+                  {f"AND {value} IS NOT NULL" if is_raw else ""}""")
+        # One ordered array gives both ends of a bar; the key's order makes its sort a no-op. Rows of a rollup without
+        # the price are passed over here: a condition on them would be planned into the query of each rollup, 0.5 ms.
         bars = f"""
             SELECT bucket, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
                    volume, turnover, count
             FROM (SELECT {bucket} AS bucket,
-                         array_agg(open ORDER BY timestamp, nanos) AS opens, max(high) AS high, min(low) AS low,
-                         array_agg(close ORDER BY timestamp, nanos) AS closes, sum(volume) AS volume,
+                         array_agg(open ORDER BY timestamp, nanos) FILTER (WHERE open IS NOT NULL) AS opens,
+                         max(high) AS high, min(low) AS low,
+                         array_agg(close ORDER BY timestamp, nanos) FILTER (WHERE close IS NOT NULL) AS closes,
+                         sum(volume) AS volume,
                          sum(turnover) AS turnover, sum(count)::bigint AS count
                   FROM ({" UNION ALL ".join(parts)}) source
-                  GROUP BY bucket) grouped"""
+                  GROUP BY bucket HAVING sum(count) > 0) grouped"""
         if filled:
             bars = _filled(bars, spec, first, end, argument)
         low, high = "span.start", "span.stop"

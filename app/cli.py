@@ -228,7 +228,11 @@ def load(
     tz: Annotated[str | None, typer.Option(help="IANA zone of times without an offset.")] = None,
     on_conflict: Annotated[OnConflict, typer.Option(help="What to do with keys that are stored.")] = "update",
     ties: Annotated[
-        Ties, typer.Option(help="Rows of one symbol and instant: number them a nanosecond apart, or keep the last.")
+        Ties,
+        typer.Option(
+            help="Rows of one symbol and instant: `number` keeps all, a nanosecond apart; `replace` the last one, or "
+            "under --on-conflict merge what all of them have."
+        ),
     ] = "number",
     prices: Annotated[
         Prices | None, typer.Option(help="Whether prices of 0 and below are prices; unset: what the service is set to.")

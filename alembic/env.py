@@ -10,13 +10,11 @@ from alembic import context
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db.capability import DETECT, REQUIRED, Capability
+from app.db.capability import DETECT, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.engine import connect_first, hosts_of
 from app.errors import StartupError
 from app.settings import Settings
 
-#: Revisions of stores from before the row was decided, which nothing can turn into one of today.
-UNRELEASED = frozenset({"0001", "0002", "0003", "0004"})
 LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
 
 
@@ -54,10 +52,7 @@ def _refuse_unreleased(connection: Connection) -> None:
     if connection.execute(text("SELECT to_regclass('alembic_version') IS NOT NULL")).scalar_one():
         found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
         if not UNRELEASED.isdisjoint(found):
-            raise StartupError(
-                "This store was made before the first release, with rows that cannot be converted in place; read its"
-                " quotes with the version that made it, and load them into an empty database with this one."
-            )
+            raise StartupError(UNRELEASED_STORE)
     connection.commit()
 
 

@@ -112,7 +112,8 @@ class Panel:
     def _defaults(self) -> dict[str, Any]:
         defaults: dict[str, Any] = {"unit": self.unit, "thresholds": {"mode": "absolute", "steps": self._steps()}}
         if self.kind == "timeseries":
-            defaults["min"] = 0
+            if not self.table:  # prices may lie below zero, and close together far above it
+                defaults["min"] = 0
             defaults["custom"] = {
                 "fillOpacity": 30 if self.stacked else 0,
                 "lineWidth": 1,

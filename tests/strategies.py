@@ -246,7 +246,7 @@ def _of_numbers(values: Sequence[str | None]) -> list[pa.Array]:
         return []
     exact = [None if value is None else Decimal(value) for value in values]
     found = []
-    for kind in (pa.float64(), pa.float32(), pa.float16()):
+    for kind in (pa.float64(), pa.float32()):
         floats = pa.array([None if value is None else float(value) for value in exact], pa.float64()).cast(kind)
         written = floats.cast(pa.string()).to_pylist()
         if [None if text is None else Decimal(text) for text in written] == exact:

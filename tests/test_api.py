@@ -794,3 +794,15 @@ async def test_metrics_count_what_was_done(client: httpx.AsyncClient, symbol: st
     assert grew("quotes_writer_flush_rows_count") == 1
     assert after["quotes_writer_queue_rows"] == 0
     assert not any("_created" in name for name in after)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/summary/daily?symbols={0}&end=9999-12-31",
+        "/v1/ohlc?symbols={0}&interval=1d&start=9950-01-02&end=9999-12-31",
+    ],
+)
+async def test_no_bars_are_at_the_end_of_the_calendar(client: httpx.AsyncClient, symbol: str, path: str) -> None:
+    answer = await client.get(path.format(symbol))
+    assert (answer.status_code, answer.json()["missing"]) == (200, [{"symbol": symbol, "reason": "unknown"}])

@@ -19,6 +19,7 @@ from app.db.migrate import downgrade, head, migrate
 from app.db.models import RealTimeQuote
 from app.errors import DatabaseUnavailable, StartupError
 from app.quote.fields import COLUMNS, PRICES, SIZES
+from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane
 
 CATALOG = """
@@ -97,8 +98,12 @@ async def test_a_store_of_before_the_first_release_is_refused(lane: Lane, empty_
         sentence = str(caught.value)
         assert sentence.startswith("This store was made before the first release")
         assert (sentence.count("."), sentence[-1]) == (1, ".")
+    with pytest.raises(StartupError):
+        async with QuoteRepository.open(empty_url, lane.make_settings()):
+            pass
     environment = {**os.environ, "QUOTES_DATABASE_URL": empty_url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
-    for arguments in (["migrate"], ["migrate", "base", "--down"], ["serve", "--port", "0"]):
+    environment["QUOTES_MIGRATE_ON_START"] = "false"
+    for arguments in (["migrate"], ["migrate", "base", "--down"], ["serve", "--port", "0"], ["maintain", "apply"]):
         ended = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "app", *arguments, env=environment, stderr=subprocess.PIPE
         )

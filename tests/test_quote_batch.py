@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from app.clock import UNITS, nanoseconds, rfc3339_nano
-from app.errors import BodyTooLarge, InvalidQuotes
+from app.errors import BodyTooLarge, InvalidQuotes, Rejection
 from app.formats import json, ndjson
 from app.quote import columns, rows
 from app.quote.batch import Batch, ends, joined, order
@@ -636,3 +636,21 @@ def test_no_rows_are_an_empty_batch() -> None:
         assert (batch.received, len(batch), batch.columns.num_rows, list(batch.ends())) == (0, 0, 0, [])
     assert joined([]).num_rows == 0
     assert ends([]) == {}
+
+
+@pytest.mark.parametrize("filler", [0, 200])
+def test_what_the_table_refuses_is_not_counted(filler: int) -> None:
+    moment = "2026-11-20T10:00:00Z"
+    odd = [
+        {"symbol": "A", "timestamp": moment, "price": 1},
+        {"symbol": "A", "timestamp": moment, "price": 0, "bid": 3, "ask": 2, "volume": "1.0000000000001"},
+        {"symbol": "B", "timestamp": moment, "price": 0, "bid": 3, "ask": 2},
+    ]
+    plain = [{"symbol": f"S{i}", "timestamp": moment, "price": 1} for i in range(filler)]
+    terms = Terms(Limits.at(NOW), "skip", "error", ties="number")
+    batch = json.decode(in_json([*odd, *plain]), terms)
+    whole = batch.receipt(inserted=len(batch))
+    assert (whole.numbered, whole.rounded, whole.zeros, whole.crossed) == (1, 1, 2, 2)
+    stored = [Rejection(i, f"/{i}/timestamp", "already-stored", "") for i in (0, 1)]
+    receipt = batch.receipt(inserted=len(batch) - 2, conflicts=stored)
+    assert (receipt.numbered, receipt.rounded, receipt.zeros, receipt.crossed) == (0, 0, 1, 1)

@@ -46,7 +46,7 @@ COMMENTS = {
     for column, meaning in {
         "symbol": "Upper case, 1 to 64 characters",
         "timestamp": "Microsecond of the quote",
-        "nanos": "Nanoseconds after timestamp, 0 to 999; part of the key",
+        "nanos": "Nanoseconds after timestamp, 0 to 999",
         "price": "Price of a trade; null where nothing was traded, never a mid",
         "bid": "Best bid; null where nobody bids",
         "ask": "Best ask; null where nobody offers",

@@ -36,6 +36,12 @@ _LACKS: Final = {
 
 #: The levels by their names in the setting `require_timescaledb`.
 REQUIRED: Final = {"community": Level.COMMUNITY, "apache": Level.APACHE, "none": Level.POSTGRESQL}
+#: Revisions of stores from before the row was decided, which nothing can turn into one of today.
+UNRELEASED: Final = frozenset({"0001", "0002", "0003", "0004"})
+UNRELEASED_STORE: Final = (
+    "This store was made before the first release, with rows that cannot be converted in place; read its quotes with"
+    " the version that made it, and load them into an empty database with this one, as the page on upgrades says."
+)
 #: One row: server version, TimescaleDB version or NULL, TimescaleDB licence or NULL.
 DETECT: Final = """
 SELECT current_setting('server_version') AS postgresql,

@@ -11,7 +11,7 @@ one does.
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -26,8 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import metrics
-from app.db.capability import DETECT, Capability
-from app.errors import DatabaseUnavailable, QueryTimeout, QuotesError
+from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
+from app.errors import DatabaseUnavailable, QueryTimeout, QuotesError, StartupError
 from app.quote.terms import Consistency
 from app.settings import Settings
 
@@ -149,6 +149,20 @@ async def connect_first(urls: list[str], timeout: float, **options: Any) -> tupl
     raise failures[0]
 
 
+async def detect(connection: Connection) -> Capability:
+    """What the server can do, if the store on it is none of before the first release.
+
+    Raises:
+        StartupError: it is.
+    """
+    if await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL"):
+        # A role that reads quotes need not be able to read this; the store is then as good as its tables.
+        with suppress(asyncpg.InsufficientPrivilegeError):
+            if await connection.fetchval("SELECT version_num FROM alembic_version") in UNRELEASED:
+                raise StartupError(UNRELEASED_STORE)
+    return Capability.of(await connection.fetchrow(DETECT) or ())
+
+
 class Database:
     """The pools of one database.
 
@@ -233,9 +247,10 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
+            StartupError: the store is one of before the first release.
         """
         async with self.acquire() as connection:
-            self.capability = Capability.of(await connection.fetchrow(DETECT) or ())
+            self.capability = await detect(connection)
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:

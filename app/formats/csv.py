@@ -63,6 +63,8 @@ def _header(line: bytes) -> list[str]:
 
 def _table(body: bytes, start: int, names: list[str], fields: Mapping[str, str]) -> pa.Table | None:
     """The columns of well-formed CSV as text; None if that cannot be."""
+    if body.startswith(_BOM, start):  # no mark here but a letter, which the fast reader leaves out
+        return None
     quoted = body.find(b'"', start) >= 0
     if quoted and not pc.match_substring_regex(pa.array([body[start:]], pa.binary()), _WELL_QUOTED)[0].as_py():
         return None
@@ -92,10 +94,12 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
     while True:
+        line = reader.line_num
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            if not str(error).startswith(_STRAY_QUOTE):
+            # A quote that is closed on another line than it opens on may have taken rows between them.
+            if not str(error).startswith(_STRAY_QUOTE) or reader.line_num != line + 1:
                 raise MalformedBody(f"Not CSV: {error} in row {len(rows)} or after.") from error
             # The reader is at the end of that line, so the rows after it are told apart.
             rows.append(Misshapen("row-misquoted", "A quote within a quoted cell is doubled."))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from app.errors import MalformedBody
+from app.errors import BodyTooLarge, MalformedBody
 from app.formats import json
 from app.quote.batch import Batch
 from app.quote.rows import Row
@@ -24,6 +24,8 @@ def decode(body: bytes, terms: Terms) -> Batch:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
     json.check_parts(body, terms)
+    if body.count(b"\n") > 2 * terms.limits.max_rows + 1:  # even if every other line is empty
+        raise BodyTooLarge(f"More lines than {terms.limits.max_rows} quotes have; that is the most in one batch.")
     try:
         rows = _TYPED.decode_lines(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

@@ -22,6 +22,8 @@ from app.quote.rows import Record
 from app.quote.rules import Checks
 from app.quote.terms import Receipt, Terms
 
+#: What is noted of rows and counted in the receipt unless they are refused.
+_COUNTED: Final = ("numbered", "rounded", "zeros", "crossed")
 #: What a row takes in memory while it is a tuple.
 _RECORD_BYTES: Final = 1300
 _DAY: Final = 86_400 * 10**6
@@ -46,8 +48,8 @@ class Batch:
     """
 
     __slots__ = (
-        "_columns", "_records", "crossed", "numbered", "pointer", "received", "rejected", "rounded", "superseded",
-        "zeros",
+        "_checks", "_columns", "_records", "crossed", "numbered", "pointer", "received", "rejected", "rounded",
+        "superseded", "zeros",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +64,9 @@ class Batch:
         crossed: int = 0,
         rejected: list[Rejection] | None = None,
         pointer: str = "",
+        checks: Checks | None = None,
     ) -> None:
+        self._checks = checks
         self._records = rows if isinstance(rows, list) else None
         self._columns: pa.RecordBatch = rows if self._records is None else None
         self.received = received
@@ -125,11 +129,16 @@ class Batch:
         self, *, inserted: int, updated: int = 0, unchanged: int = 0, conflicts: Sequence[Rejection] = ()
     ) -> Receipt:
         """The receipt of the written batch; `conflicts` are rows refused by the table under `on_error=skip`."""
-        rejected = sorted([*self.rejected, *conflicts], key=lambda r: r.index) if conflicts else self.rejected
+        numbered, rounded, zeros, crossed = self.numbered, self.rounded, self.zeros, self.crossed
+        rejected = self.rejected
+        if conflicts:
+            rejected = sorted([*rejected, *conflicts], key=lambda r: r.index)
+            refused = [conflict.index for conflict in conflicts]
+            if self._checks is not None:
+                numbered, rounded, zeros, crossed = (self._checks.count(what, refused) for what in _COUNTED)
         return Receipt(
-            self.received, inserted, updated, unchanged, self.superseded, self.numbered, self.rounded, self.zeros,
-            self.crossed, rejected,
-        )  # fmt: skip
+            self.received, inserted, updated, unchanged, self.superseded, numbered, rounded, zeros, crossed, rejected
+        )
 
     @classmethod
     def from_rows(cls, given: Sequence[Any], terms: Terms | None = None, *, pointer: str = "") -> Self:
@@ -182,14 +191,16 @@ class Batch:
     @classmethod
     def _checked(cls, found: pa.RecordBatch, received: int, checks: Checks) -> Self:
         terms = checks.terms
-        found, superseded, numbered = _unique(checks.ruled(found), checks)
+        found, superseded = _unique(checks.ruled(found), checks)
         rejected = checks.rejections()
         if rejected and terms.on_error == "abort":
             raise InvalidQuotes(rejected, received)
         _check_days(found.column("timestamp"), terms.limits.max_days)
+        counts = {what: checks.count(what) for what in _COUNTED}
         return cls(
-            found, received, superseded=superseded, numbered=numbered, rounded=checks.count("rounded"),
-            zeros=checks.count("zeros"), crossed=checks.count("crossed"), rejected=rejected, pointer=checks.pointer,
+            found, received, superseded=superseded, rejected=rejected, pointer=checks.pointer,
+            # What the table refuses under `error` is known later, and is not to be counted then.
+            checks=checks if terms.on_conflict == "error" and any(counts.values()) else None, **counts,
         )  # fmt: skip
 
     @classmethod
@@ -205,6 +216,8 @@ class Batch:
             else:
                 records = _without_twins(records, terms)
                 superseded = len(found.records) - len(records)
+        if terms.on_conflict == "error" and (numbered or found.zeros or found.crossed):
+            raise Unusual  # only the thorough way knows of which rows
         limit = terms.limits.max_days
         if len(records) > limit and len({record[1].date() for record in records}) > limit:
             raise Unusual
@@ -279,34 +292,30 @@ def order(batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
 # --- equal keys ---
 
 
-def _unique(batch: pa.RecordBatch, checks: Checks) -> tuple[pa.RecordBatch, int, int]:
-    """Sort by key and keep one row of each key, or each row on a key of its own.
-
-    Returns the rows, how many another one replaced, and how many were moved on.
-    """
+def _unique(batch: pa.RecordBatch, checks: Checks) -> tuple[pa.RecordBatch, int]:
+    """Sort by key and keep one row of each key, or each row on a key of its own; how many another one replaced."""
     terms = checks.terms
     if len(batch) < 2:  # noqa: PLR2004  one row has no twin
-        return _in_texts(batch), 0, 0
+        return _in_texts(batch), 0
     found, same = order(batch)
     batch = _in_texts(batch.take(found))
     repeats = pc.sum(same).as_py() or 0
     if not repeats:
-        return batch, 0, 0
+        return batch, 0
     if terms.ties == "number":
-        numbered, moved = _numbered(batch)
-        return numbered, 0, moved
+        return _numbered(batch, checks), 0
     # `same[i]` says that row i and row i + 1 share a key.
     if terms.on_conflict in {"update", "merge"}:
         keep = pa.concat_arrays([pc.invert(same), pa.array([True])])
         if terms.on_conflict == "merge":
             batch = _merged(batch, same)
-        return batch.filter(keep), repeats, 0
+        return batch.filter(keep), repeats
     later = pa.concat_arrays([pa.array([False]), same])
     if terms.on_conflict == "error":
         for index in batch.column("index").filter(later).to_pylist():
             checks.refuse(index, "timestamp", rules.DUPLICATE)
         repeats = 0
-    return batch.filter(pc.invert(later)), repeats, 0
+    return batch.filter(pc.invert(later)), repeats
 
 
 def _next_free(symbols: Iterable[Any], instants: Sequence[int]) -> tuple[list[int], int]:
@@ -323,13 +332,15 @@ def _next_free(symbols: Iterable[Any], instants: Sequence[int]) -> tuple[list[in
     return found, moved
 
 
-def _numbered(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
+def _numbered(batch: pa.RecordBatch, checks: Checks) -> pa.RecordBatch:
     symbols = batch.column("symbol").dictionary_encode().indices.to_pylist()
-    instants, moved = _next_free(symbols, columns.nanoseconds(batch).to_pylist())
-    micros, nanos = columns.split(pa.array(instants, pa.int64()))
+    given = columns.nanoseconds(batch)
+    instants = pa.array(_next_free(symbols, given.to_pylist())[0], pa.int64())
+    checks.note("numbered", batch.column("index").filter(pc.not_equal(instants, given)))
+    micros, nanos = columns.split(instants)
     place = batch.schema.get_field_index("timestamp")
     batch = batch.set_column(place, batch.schema.field("timestamp"), micros)
-    return batch.set_column(place + 1, batch.schema.field(NANOS), nanos), moved
+    return batch.set_column(place + 1, batch.schema.field(NANOS), nanos)
 
 
 def _number(records: list[Record]) -> int:

@@ -7,7 +7,7 @@ Invariant: no number reaches a library before its length and its exponent are bo
 import decimal
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
@@ -330,11 +330,12 @@ class Checks:
         if len(rows):
             self._counted.setdefault(what, []).append(rows.cast(pa.int32()))
 
-    def count(self, what: str) -> int:
-        """How often that was noted of rows that are not refused."""
+    def count(self, what: str, without: Iterable[int] = ()) -> int:
+        """How often that was noted of rows that are not refused, here or `without` by whoever asks."""
         noted = self._counted.get(what, [])
-        if self._faults:
-            faulty = pa.array(list(self._faults), pa.int32())
+        refused = [*self._faults, *without]
+        if refused:
+            faulty = pa.array(refused, pa.int32())
             noted = [rows.filter(pc.invert(pc.is_in(rows, value_set=faulty))) for rows in noted]
         return sum(map(len, noted))
 

@@ -150,6 +150,8 @@ async def statement(connection: Connection, sources: Sources, wanted: Range, spe
                 WHERE {symbol} AND timestamp >= {argument(start)}::timestamptz
                   AND timestamp < {argument(part.end)}::timestamptz
                   {f"AND {value} IS NOT NULL" if is_raw else ""}""")
+        if not parts:  # the range begins where the calendar has no room for a bar
+            parts.append(f"SELECT {of_quotes} FROM quotes.real_time WHERE false")
         # One ordered array gives both ends of a bar; the key's order makes its sort a no-op. Rows of a rollup without
         # the price are passed over here: a condition on them would be planned into the query of each rollup, 0.5 ms.
         bars = f"""

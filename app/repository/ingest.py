@@ -5,6 +5,7 @@ every snapshot, because both change in one transaction. Rows are written and loc
 writers queue up instead of deadlocking.
 """
 
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -35,17 +36,19 @@ _KEY: Final = ", ".join(KEY)
 _PLACE: Final = f"timestamp, {NANOS}"
 
 #: Rows on their way to be merged, with the place of their request in the flush and their own in the request. It is
-#: made once a session; behind a transaction pooler any session may be the next. Its name changes with its columns.
-_STAGE: Final = """
+#: made once a session; behind a transaction pooler any session may be the next, one of another version too, so that its
+#: name changes with its columns.
+_STAGE_NAME: Final = f"staged_{zlib.crc32(','.join(COLUMNS.names).encode()):08x}"
+_STAGE: Final = f"""
 SET LOCAL client_min_messages = warning;
-CREATE TEMPORARY TABLE IF NOT EXISTS staged_rows (
+CREATE TEMPORARY TABLE IF NOT EXISTS {_STAGE_NAME} (
     LIKE quotes.real_time, position int NOT NULL, request int NOT NULL) ON COMMIT DELETE ROWS;
-CREATE INDEX IF NOT EXISTS staged_rows_request ON pg_temp.staged_rows (request)
+CREATE INDEX IF NOT EXISTS {_STAGE_NAME}_request ON pg_temp.{_STAGE_NAME} (request)
 """
 _STAGED: Final = pa.schema([*COLUMNS, ("position", pa.int32()), ("request", pa.int32())])
 _FROM_STAGE: Final = f"""
 INSERT INTO quotes.real_time AS stored ({_COLUMNS})
-SELECT {_COLUMNS} FROM pg_temp.staged_rows WHERE request = $1
+SELECT {_COLUMNS} FROM pg_temp.{_STAGE_NAME} WHERE request = $1
 ON CONFLICT ({_KEY}) DO
 """
 
@@ -70,7 +73,7 @@ _UPSERT: Final[Mapping[OnConflict, str]] = MappingProxyType(
 #: The positions of the rows whose key is stored already.
 _ADD: Final = f"""
 WITH written AS ({_FROM_STAGE} NOTHING RETURNING {_KEY})
-SELECT position FROM pg_temp.staged_rows LEFT JOIN written USING ({_KEY})
+SELECT position FROM pg_temp.{_STAGE_NAME} LEFT JOIN written USING ({_KEY})
 WHERE request = $1 AND written.symbol IS NULL ORDER BY position
 """
 _DELETE: Final = f"""
@@ -257,7 +260,7 @@ class Ingest:
             for place, write in enumerate(writes)
         ]
         await connection.copy_to_table(
-            "staged_rows", schema_name="pg_temp", columns=_STAGED.names, format="binary",
+            _STAGE_NAME, schema_name="pg_temp", columns=_STAGED.names, format="binary",
             source=_encode(pa.concat_batches(staged)),
         )  # fmt: skip
         results = [await self._merge_one(connection, write, place) for place, write in enumerate(writes)]

@@ -15,8 +15,8 @@ from typing import Final, Self
 
 import asyncpg
 
-from app.db.capability import DETECT, Capability, Level
-from app.db.engine import Connection, Database
+from app.db.capability import Capability, Level
+from app.db.engine import Connection, Database, detect
 from app.errors import DatabaseUnavailable
 from app.repository import storage
 from app.repository.storage import Chunk
@@ -124,10 +124,11 @@ class MaintenanceRepository:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
+            StartupError: the store is one of before the first release.
         """
         async with database.dedicated(statement_timeout=_STATEMENT) as connection:
             await connection.execute(f"SET lock_timeout = {_LOCK_MS}; SET application_name = 'opa-quotes maintain'")
-            yield cls(connection, Capability.of(await connection.fetchrow(DETECT) or ()), settings)
+            yield cls(connection, await detect(connection), settings)
 
     # --- what there is to do ---
 
@@ -196,6 +197,8 @@ class MaintenanceRepository:
         found = []
         for name, width in ROLLUPS:
             low, high = first - (first - _EPOCH) % width, last + (_EPOCH - last) % width
+            if high > now:  # past it views compute what is new, before it they show what was refreshed
+                high -= width
             # Only whole buckets inside of the window are rebuilt, so the floor itself need not be aligned.
             low = low if floor is None else max(low, floor)
             if high - low >= width:

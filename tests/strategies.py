@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from app.clock import NotAnInstant, parse
 from app.errors import InvalidQuotes, QuotesError
 from app.quote.batch import Batch
-from app.quote.fields import ALIASES, NAMES, NUMBERS, VALUES
+from app.quote.fields import ALIASES, NAMES, NUMBERS, TEXTS
 from app.quote.rules import Numeral
 from app.quote.terms import Limits, Terms
 
@@ -124,7 +124,7 @@ def texts(values: Mapping[str, st.SearchStrategy[str]], *, without: st.SearchStr
     return row()
 
 
-_LATER: dict[str, st.SearchStrategy[str]] = dict.fromkeys(NUMBERS, numbers) | {"source": sources}
+_LATER: dict[str, st.SearchStrategy[str]] = dict.fromkeys(NUMBERS, numbers) | dict.fromkeys(TEXTS, sources)
 #: Rows of texts that may break any rule.
 wild_rows = texts({"symbol": symbols, "timestamp": instants, **_LATER}, without=st.sampled_from([False, False, True]))
 #: Rows of texts that keep the rules, but for a number here and there; few keys.
@@ -133,7 +133,7 @@ tame_rows = st.builds(
     st.fixed_dictionaries({"symbol": st.sampled_from(USUAL_SYMBOLS), "timestamp": st.sampled_from(INSTANTS)}),
     texts(
         {name: st.one_of(usual_numbers, usual_numbers, st.sampled_from(["0", "2.5"]), numbers) for name in NUMBERS}
-        | {"source": st.just("feed")},
+        | dict.fromkeys(TEXTS, st.just("feed")),
         without=st.sampled_from([False, True, True, True]),
     ),
 )
@@ -197,6 +197,8 @@ def _object(row: Any) -> str:
 
 def in_csv(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] = NAMES, **dialect: Any) -> bytes:
     """CSV with a header."""
+    if any("\r" in str(value) for row in rows for value in row.values()):
+        dialect["quoting"] = csv.QUOTE_ALL  # by itself the writer leaves a carriage return without quotes
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, **dialect)
     writer.writeheader()
@@ -238,7 +240,7 @@ def typed(name: str, values: Sequence[str | None]) -> list[pa.Array]:
     field = ALIASES.get(name, name)
     if field == "timestamp":
         return _of_times(values) + _of_numbers(values)
-    return _of_numbers(values) if field in VALUES and field != "source" else []
+    return _of_numbers(values) if field in NUMBERS else []
 
 
 def _of_numbers(values: Sequence[str | None]) -> list[pa.Array]:

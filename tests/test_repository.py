@@ -418,7 +418,9 @@ async def _all_keys(quotes: QuoteRepository, wanted: Range) -> list[Key]:
         )
         rows = [json.loads(row) for row in page.rows]
         assert len(rows) <= wanted.limit
-        keys += [(row["symbol"], parse(row["timestamp"])) for row in rows]
+        found = [(row["symbol"], parse(row["timestamp"])) for row in rows]
+        assert not found or found[0] not in keys, "a page begins behind the last one"
+        keys += found
         if page.next is None:
             return keys
         assert len(rows) == wanted.limit

@@ -1085,3 +1085,18 @@ async def test_deleting_while_writing_never_leaves_latest_behind(quotes: QuoteRe
     assert newest.to_dict() == found[max(found)]
     (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
     assert nanoseconds(span.first) + span.first_nanos <= min(found)[1]
+
+
+async def test_what_is_read_can_be_written_again(quotes: QuoteRepository, symbol: str) -> None:
+    start = nanoseconds(datetime(2026, 11, 20, 10, tzinfo=UTC))
+    rows = [
+        {"symbol": symbol, "timestamp": rfc3339_nano(start + i), "bid": Decimal(f"1.{i}"), "volume": Decimal("0.5")}
+        for i in (1, 2, 1_000, 999_999_999)
+    ]
+    assert (await quotes.bulk_insert(rows)).inserted == 4
+    found = await quotes.get_quotes(symbol, start, start + 10**9)
+    assert [quote.time_ns - start for quote in found] == [1, 2, 1_000, 999_999_999]
+    assert (await quotes.bulk_insert([quote.to_dict() for quote in found])).unchanged == 4
+    with pytest.raises(InvalidQuotes) as caught:
+        await quotes.bulk_insert([found[0].to_dict() | {"nanos": 1000}])
+    assert caught.value.rejections[0].code == "unknown-field"

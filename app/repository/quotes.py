@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Final, Self
 
-from app.clock import Instant, Interval, nanoseconds
+from app.clock import Instant, Interval, Nanoseconds, nanoseconds
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
@@ -50,6 +50,7 @@ from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN, VWAP
 from app.settings import Settings
 
 _COLUMNS: Final = ", ".join(COLUMNS.names)
+_MOST_NANOS: Final = 999
 #: Before and after whatever is stored.
 _FIRST: Final = -(10**21)
 _LAST: Final = 10**21
@@ -112,7 +113,8 @@ class QuoteRepository:
     ) -> Receipt:
         """Check and store quotes (mappings with the fields of a quote) on these `Terms`; committed when this returns.
 
-        A `timestamp` is RFC 3339, or an aware datetime; the nanoseconds of a pandas Timestamp count. `prices` is that
+        A `timestamp` is RFC 3339, or an aware datetime; the nanoseconds of a pandas Timestamp count, and so do those of
+        `nanos`, as `RealTimeQuote.to_dict()` has them. `prices` is that
         of the settings unless it is given.
 
         Raises:
@@ -124,7 +126,7 @@ class QuoteRepository:
             OutcomeUnknown: the connection broke while committing.
         """
         terms = Terms(self.limits(), on_error, on_conflict, None, ties, prices or self._settings.prices)
-        batch = Batch.from_rows(quotes, terms)
+        batch = Batch.from_rows([_joined(quote) for quote in quotes], terms)
         (result,) = await self.write([Write(batch, on_conflict, on_error)])
         if isinstance(result, QuotesError):
             raise result
@@ -358,6 +360,17 @@ class QuoteRepository:
 
     async def _read(self, work: Work[T]) -> T:
         return await self._database.read(work, self._consistency)
+
+
+def _joined(quote: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A quote whose instant is in two parts, as it is stored, with one instant; any other as it is."""
+    if not isinstance(quote, Mapping) or NANOS not in quote or not isinstance(quote.get("timestamp"), datetime):
+        return quote
+    moment, nanos = quote["timestamp"], quote[NANOS]
+    if moment.tzinfo is None or type(nanos) is not int or not 0 <= nanos <= _MOST_NANOS:
+        return quote  # refused by its row
+    whole = {name: value for name, value in quote.items() if name != NANOS}
+    return whole | {"timestamp": Nanoseconds(nanoseconds(moment) + nanos)}
 
 
 def _quotes(wanted: Range, argument: Arguments) -> str:

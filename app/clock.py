@@ -90,6 +90,11 @@ def ceil(instant: int) -> datetime:
     return floor(instant + 999)
 
 
+def parts(instant: int) -> tuple[datetime, int]:
+    """An instant as it is stored: its microsecond, and the nanoseconds after it."""
+    return floor(instant), instant % 1000
+
+
 def rfc3339(moment: datetime) -> str:
     """UTC with a `Z`, without an empty fraction."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"

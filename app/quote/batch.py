@@ -6,14 +6,13 @@ know no faults: where anything is unusual they give None, and what they do take 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from itertools import chain, pairwise
 from typing import Any, Final, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.clock import EPOCH, nanoseconds
+from app.clock import nanoseconds, parts
 from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest, Rejection
 from app.quote import columns, rows, rules
 from app.quote.columns import Unusual
@@ -347,8 +346,7 @@ def _number(records: list[Record]) -> int:
     given = [nanoseconds(record[1]) + record[2] for record in records]
     instants, moved = _next_free([record[0] for record in records], given)
     for place, (record, instant) in enumerate(zip(records, instants, strict=True)):
-        micros, nanos = divmod(instant, 1000)
-        records[place] = (record[0], EPOCH + timedelta(microseconds=micros), nanos, *record[3:])
+        records[place] = (record[0], *parts(instant), *record[3:])
     return moved
 
 

@@ -6,7 +6,7 @@ both.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pyarrow as pa
 
-from app.clock import EPOCH
+from app.clock import parts
 from app.quote import rules
 from app.quote.columns import SCHEMA, Unusual, instants_of
 from app.quote.fields import (
@@ -164,10 +164,9 @@ def _moment(value: Any, terms: Terms) -> tuple[datetime, int]:
         return (moment if offset == "Z" else moment.astimezone(UTC)), int(finer.ljust(3, "0")) if finer else 0
     if type(value) is int and terms.precision is not None:
         try:
-            micros, nanos = divmod(rules.instant(value, terms.precision), 1000)
+            return parts(rules.instant(value, terms.precision))
         except Refused as error:
             raise Unusual from error
-        return EPOCH + timedelta(microseconds=micros), nanos
     raise Unusual
 
 

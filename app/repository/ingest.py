@@ -8,7 +8,7 @@ writers queue up instead of deadlocking.
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
@@ -16,7 +16,7 @@ import asyncpg
 import pyarrow as pa
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from app.clock import floor, nanoseconds
+from app.clock import nanoseconds, parts
 from app.db.engine import Connection, Database, connection_lost
 from app.errors import Conflict, OutcomeUnknown, QuotesError, Rejection
 from app.quote.batch import Batch, Ends, ends, joined
@@ -300,7 +300,7 @@ class Ingest:
         """
 
         async def delete(connection: Connection) -> int:
-            done: str = await connection.execute(_DELETE, symbol, *_pair(start), *_pair(stop))
+            done: str = await connection.execute(_DELETE, symbol, *parts(start), *parts(stop))
             await self._mend_latest(connection, symbol, start, stop)
             return int(done.removeprefix("DELETE "))
 
@@ -330,7 +330,7 @@ class Ingest:
         step = self._chunk
         while end > first:
             start = max(end - step, first)
-            row = await connection.fetchrow(_NEWEST, symbol, *_pair(start), *_pair(end))
+            row = await connection.fetchrow(_NEWEST, symbol, *parts(start), *parts(end))
             if row is not None:
                 return nanoseconds(row[0]) + int(row[1])
             end, step = start, 2 * step
@@ -341,7 +341,7 @@ class Ingest:
         step = self._chunk
         while start < last:
             end = min(start + step, last)
-            row = await connection.fetchrow(_OLDEST, symbol, *_pair(start), *_pair(end))
+            row = await connection.fetchrow(_OLDEST, symbol, *parts(start), *parts(end))
             if row is not None:
                 return nanoseconds(row[0]) + int(row[1])
             start, step = end, 2 * step
@@ -354,16 +354,11 @@ class Ingest:
 
     async def _hold(self, connection: Connection, found: Mapping[str, Ends]) -> None:
         symbols = sorted(found)
-        first_moments, first_nanos = zip(*(_pair(found[symbol][0]) for symbol in symbols), strict=True)
-        moments, nanos = zip(*(_pair(found[symbol][1]) for symbol in symbols), strict=True)
+        first_moments, first_nanos = zip(*(parts(found[symbol][0]) for symbol in symbols), strict=True)
+        moments, nanos = zip(*(parts(found[symbol][1]) for symbol in symbols), strict=True)
         await connection.execute(
             _LATEST, symbols, first_moments, first_nanos, moments, nanos, min(moments), max(moments)
         )
-
-
-def _pair(instant: int) -> tuple[datetime, int]:
-    """An instant as it is stored: its microsecond and the nanoseconds after it."""
-    return floor(instant), instant % 1000
 
 
 async def _encode(rows: pa.RecordBatch) -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ status says whether it worked.
 """
 
 import asyncio
+import math
 import os
 import sys
 import tempfile
@@ -38,8 +39,8 @@ from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
 from app.settings import Settings
 
-#: Longest wait for requests in flight when the service stops; the writer drains after that.
-_GRACE: Final = 25
+#: Longer than the drain, in which every request gets its answer: the server would end those without one.
+_GRACE: Final = timedelta(seconds=5)
 #: Longer than the pools of usual clients and proxies keep a connection, so that none is closed under a request.
 _KEEP_ALIVE: Final = 75
 #: Exit status of a healthy store whose supervisor did not take the report.
@@ -107,7 +108,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_GRACE,
+            timeout_graceful_shutdown=math.ceil((settings.drain_timeout + _GRACE).total_seconds()),
             timeout_keep_alive=_KEEP_ALIVE,
         )
 

@@ -16,8 +16,13 @@
     ├── NotAcceptable           406
     ├── Overloaded              503  the write queue is full
     ├── DatabaseUnavailable     503  cannot reach or use the database
-    │   └── OutcomeUnknown      503  the connection broke while committing
+    │   ├── OutcomeUnknown      503  nobody knows whether a commit has happened
+    │   ├── CommitsWaiting      503  too many commits wait for a standby already
+    │   ├── QuotesLocked        503  maintenance holds the chunk, or another write the key
+    │   ├── DatabaseRefused     503  the database will not do this, and would not later either
+    │   └── DatabaseDamaged     503  the database found itself damaged
     ├── QueryTimeout            503  a statement ran over its time
+    │   └── WriteTimeout        503  a write did
     ├── ServiceStopping         503
     └── StartupError            -    the service cannot start (embedded database, migration)
 
@@ -208,14 +213,46 @@ class DatabaseUnavailable(QuotesError):
     status = 503
     code = "database-unavailable"
     title = "Database unavailable"
-    retry_after = 1.0
+    retry_after: float | None = 1.0
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The connection broke while a write was being committed; sending it again is harmless."""
+    """A commit was not confirmed: it may have happened, or may yet happen; sending the same again is harmless."""
 
     code = "outcome-unknown"
     title = "Outcome unknown"
+
+
+class CommitsWaiting(DatabaseUnavailable):
+    """Commits of before are not confirmed yet, so that no further one is begun; nothing was stored."""
+
+    code = "commits-waiting"
+    title = "Commits are waiting"
+    retry_after = 5.0
+
+
+class QuotesLocked(DatabaseUnavailable):
+    """Somebody holds a lock on what is to be written for longer than a write waits; nothing was stored."""
+
+    code = "quotes-locked"
+    title = "Quotes are locked"
+    retry_after = 5.0
+
+
+class DatabaseRefused(DatabaseUnavailable):
+    """The database refuses a statement for what it is, so that waiting does not help; nothing was stored."""
+
+    code = "database-refused"
+    title = "Refused by the database"
+    retry_after = None
+
+
+class DatabaseDamaged(DatabaseUnavailable):
+    """The database reports an error of its own: a page or an index is damaged, or its program is at fault."""
+
+    code = "database-damaged"
+    title = "Database damaged"
+    retry_after = None
 
 
 class QueryTimeout(QuotesError):
@@ -225,6 +262,19 @@ class QueryTimeout(QuotesError):
     code = "query-timeout"
     title = "Query timed out"
     retry_after = 1.0
+
+
+class WriteTimeout(QueryTimeout):
+    """A write ran over its time; nothing was stored."""
+
+    code = "write-timeout"
+    title = "Write timed out"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "These quotes could not be stored in time; nothing was stored. Send fewer at once: what takes long is to"
+            " change quotes of many symbols and days in the columnstore."
+        )
 
 
 class ServiceStopping(QuotesError):

@@ -6,9 +6,12 @@ drained before its pool closes, and the pool has closed before the embedded data
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Final
 
 import structlog
@@ -38,6 +41,8 @@ log = structlog.get_logger(__name__)
 
 #: Threads that read large bodies. They share an interpreter, so that more would not read faster.
 _READERS: Final = 2
+#: Seconds between SIGTERM and the end of listening, in which clients that keep a connection are told to leave it.
+_NOTICE: Final = 1.0
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -116,6 +121,7 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     repository = QuoteRepository(database, settings)
     tracer = None if spans is None else spans.get_tracer("opa-quotes")
     writer = await stack.enter_async_context(Writer(repository.write, settings, tracer))
+    stack.enter_context(_told_to_stop(writer))
     health = Health(SystemRepository(database), settings, head())
     monitor = Monitor(StorageRepository(database), settings, health.report)
     await stack.enter_async_context(monitor)
@@ -123,6 +129,37 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
     return Services(settings, repository, writer, health, monitor, readers)
+
+
+@contextmanager
+def _told_to_stop(writer: Writer) -> Iterator[None]:
+    """Let the writer know of a signal before the server does, which waits until the last request is answered.
+
+    At SIGTERM the server goes on for `_NOTICE` first: each answer then closes its connection, so that a client sends
+    nothing on one that is being closed. A second signal, and SIGINT, reach the server at once.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread() or not callable(handlers[signal.SIGTERM]):
+        yield  # no server that waits for signals
+        return
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server = handlers[signal.Signals(number)]
+        assert callable(server)  # noqa: S101  SIGTERM has a handler, and SIGINT one of Python's at least
+        if number == signal.SIGTERM and writer.accepting:
+            loop.call_soon_threadsafe(loop.call_later, _NOTICE, server, number, frame)
+        else:
+            server(number, frame)
+        loop.call_soon_threadsafe(writer.stop_accepting)
+
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _operation_id(route: APIRoute) -> str:

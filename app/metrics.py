@@ -73,6 +73,9 @@ WRITER_FLUSH_SECONDS: Final = Histogram(
 WRITER_WAIT_SECONDS: Final = Histogram(
     "quotes_writer_wait_seconds", "Wait of a request before its transaction began.", buckets=LATENCY_BUCKETS
 )
+COMMITS_LEFT: Final = Counter(
+    "quotes_commits_left_total", "Commits that the database did not confirm in time, so that their outcome is unknown."
+)
 HEALTH_UP: Final = Gauge(
     "quotes_health_check_up",
     "1 when the last run of a health check was healthy, degraded or skipped.",

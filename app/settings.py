@@ -94,7 +94,14 @@ class Settings(BaseSettings):
     statement_timeout: Duration = Field(
         default=timedelta(seconds=5), description="Longest run of one read before it is refused with 503."
     )
-    write_timeout: Duration = Field(default=timedelta(seconds=30), description="Longest run of one write statement.")
+    write_timeout: Duration = Field(
+        default=timedelta(seconds=30),
+        description="Longest work of one transaction that writes; requests wait for it half as long at most.",
+    )
+    commit_timeout: Duration = Field(
+        default=timedelta(seconds=10),
+        description="Longest wait for a commit to be confirmed; then the outcome is unknown, and told so.",
+    )
 
     retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
         default=None,

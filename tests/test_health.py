@@ -1,5 +1,6 @@
 """The verdicts of the three checks, for every state that a store can be in."""
 
+import asyncio
 import dataclasses
 import time
 from typing import Any
@@ -102,6 +103,17 @@ async def test_a_stopping_service_is_not_ready(lane: Lane, symbol: str) -> None:
         app.state.services.writer.stop_accepting()
         ready = await client.get("/health/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+        assert ready.headers["connection"] == "close", "the client leaves before the server does"
+        quote = {"symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "price": 1}
+        taken = await client.post("/v1/quotes", json=[quote])
+        assert (taken.status_code, taken.headers["connection"]) == (200, "close")
+
+
+async def test_a_service_that_has_stopped_takes_nothing(lane: Lane, symbol: str) -> None:
+    app = create_app(lane.make_settings(drain_timeout="10 ms"))
+    async with running(app) as client:
+        app.state.services.writer.stop_accepting()
+        await asyncio.sleep(0.1)
         quote = {"symbol": symbol, "timestamp": "2026-11-16T00:00:00Z", "price": 1}
         refused = await client.post("/v1/quotes", json=[quote])
         assert (refused.status_code, refused.json()["code"]) == (503, "service-stopping")

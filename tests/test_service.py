@@ -14,10 +14,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
 from app import __version__
+from app.db import embedded
 from tests.conftest import Serve, Service, random_symbol
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -68,6 +70,8 @@ async def hammer(service: Service, kill: Callable[[], None], after: float) -> tu
             for first in range(0, 10**9, 500):
                 try:
                     answer = await http.post(f"{service.url}/v1/quotes", json=batch(symbol, first, 500))
+                except httpx.ConnectError:
+                    return
                 except httpx.TransportError:
                     in_doubt += 1
                     return
@@ -151,13 +155,47 @@ async def test_more_than_can_be_written_is_refused_and_memory_stays_bounded(serv
 
 
 async def test_stopping_answers_what_was_accepted(serve: Serve, shared_dir: Path) -> None:
+    """Every request that reached the service, on connections that are kept; the next one finds nobody listening."""
     data = shared_dir / "stopping"
     with serve(data) as service:
-        acknowledged, _ = await hammer(service, service.process.terminate, 1.0)
+        acknowledged, in_doubt = await hammer(service, service.process.terminate, 1.0)
+        assert in_doubt == 0
         assert service.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
     with serve(data) as service:
         for symbol, rows in acknowledged.items():
             assert rows <= count(service.url, symbol) <= rows + 500
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_what_waits_when_the_service_stops_has_an_answer(serve: Serve, shared_dir: Path, workers: str) -> None:
+    """A write behind a lock, and a body that does not come: a problem each, in time, never half an answer."""
+    data = shared_dir / "waiting"
+    with serve(data, "--workers", workers, QUOTES_DRAIN_TIMEOUT="1 s") as service:
+        holder = await asyncpg.connect(embedded.url(data))
+        await holder.execute("BEGIN; LOCK TABLE quotes.real_time IN EXCLUSIVE MODE")
+        symbol = random_symbol()
+        async with httpx.AsyncClient(timeout=30) as http:
+            now = datetime.now(UTC).isoformat()
+            quotes = [{"symbol": symbol, "timestamp": now, "price": 1}]
+            writing = asyncio.create_task(http.post(f"{service.url}/v1/quotes", json=quotes))
+
+            # Half a body; the answer is there to be read by whoever looks.
+            reader, sender = await asyncio.open_connection("127.0.0.1", httpx.URL(service.url).port)
+            sender.write(b"POST /v1/quotes HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n[")
+            await asyncio.sleep(0.5)
+            service.process.terminate()
+            async with asyncio.timeout(30):
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            answer = await writing
+        sender.close()
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"application/problem+json" in head
+        assert json.loads(body)["code"] == "service-stopping"
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (answer.status_code, answer.json()["code"]) == (503, "service-stopping")
+        await holder.close()
+        assert service.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+        assert "Traceback" not in service.log.read_text()
 
 
 def test_several_workers_share_one_embedded_database(serve: Serve, shared_dir: Path, symbol: str) -> None:

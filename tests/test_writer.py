@@ -2,29 +2,43 @@
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from app.errors import Conflict, DatabaseUnavailable, IdempotencyKeyInUse, Overloaded, QuotesError, ServiceStopping
+from app.errors import (
+    BodyTimeout,
+    Conflict,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    IdempotencyKeyInUse,
+    OutcomeUnknown,
+    Overloaded,
+    QuotesError,
+    QuotesLocked,
+    ServiceStopping,
+)
 from app.quote.batch import Batch
 from app.quote.terms import Receipt
-from app.repository.ingest import Write
+from app.repository.ingest import Attempt, Write
 from app.repository.receipts import IdempotencyKey
 from app.settings import Settings
 from app.writer import Writer
 
+NOW = datetime.now(UTC) - timedelta(seconds=1)
 
-def write(rows: int = 1, symbol: str = "A") -> Write:
+
+def write(rows: int = 1, symbol: str = "A", age: timedelta = timedelta(0)) -> Write:
     return Write(
         Batch.from_rows(
-            [
-                {"symbol": symbol, "timestamp": datetime(2026, 1, 1, 0, 0, i, tzinfo=UTC), "price": 1}
-                for i in range(rows)
-            ]
+            [{"symbol": symbol, "timestamp": NOW - age - timedelta(seconds=i), "price": 1} for i in range(rows)]
         )
     )
+
+
+def late(rows: int = 1, symbol: str = "A") -> Write:
+    return write(rows, symbol, age=timedelta(days=3))
 
 
 def receipt(one: Write) -> Receipt:
@@ -39,7 +53,7 @@ class Gate:
         self.twice = asyncio.Event()
         self.flushes: list[int] = []
 
-    async def __call__(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+    async def __call__(self, writes: Sequence[Write], _attempt: Attempt) -> list[Receipt | QuotesError]:
         self.flushes.append(len(writes))
         if len(self.flushes) > 1:
             self.twice.set()
@@ -136,7 +150,7 @@ async def test_bytes_are_bounded_too() -> None:
 
 
 async def test_a_poison_request_harms_only_itself() -> None:
-    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
         await asyncio.sleep(0.01)
         if any(one.batch.rows["symbol"][0].as_py() == "POISON" for one in writes):
             raise RuntimeError("poison")
@@ -150,7 +164,7 @@ async def test_a_poison_request_harms_only_itself() -> None:
 
 
 async def test_errors_reach_their_own_request() -> None:
-    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
         return [Conflict([], 1) if one.on_conflict == "error" else receipt(one) for one in writes]
 
     async with Writer(flush, make_settings()) as writer:
@@ -162,7 +176,7 @@ async def test_errors_reach_their_own_request() -> None:
 
 
 async def test_a_dead_database_fails_all_that_wait() -> None:
-    async def flush(writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
         raise DatabaseUnavailable("away")
 
     async with Writer(flush, make_settings()) as writer:
@@ -258,3 +272,189 @@ async def test_a_dry_run_has_a_transaction_of_its_own() -> None:
         gate.open.set()
         await asyncio.gather(first, *tasks)
     assert gate.flushes == [1, 2, 1, 2]
+
+
+# --- late quotes, and what is refused together ---
+
+
+class Chunks:
+    """A flush that meets a lock on the chunk of each symbol in `locked`, and counts what it was asked for."""
+
+    def __init__(self, locked: set[str]) -> None:
+        self.locked = locked
+        self.attempts: list[tuple[list[str], Attempt]] = []
+
+    async def __call__(self, writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        symbols = [one.batch.rows["symbol"][0].as_py() for one in writes]
+        self.attempts.append((symbols, attempt))
+        await asyncio.sleep(0)
+        if self.locked.intersection(symbols):
+            raise QuotesLocked("locked")
+        return [receipt(one) for one in writes]
+
+
+async def test_live_quotes_do_not_wait_for_late_ones() -> None:
+    """Whatever late quotes wait for, and however many they are."""
+    blocked = asyncio.Event()
+    lanes: list[tuple[bool, int]] = []
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        lanes.append((attempt.late, len(writes)))
+        if attempt.late:
+            await blocked.wait()
+        return [receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings(writer_queue_rows=100, writer_flushes=1)) as writer:
+        old = [asyncio.create_task(writer.submit(late(7))) for _ in range(9)]
+        await settle()
+        assert [type(task.exception()) for task in old if task.done()] == [Overloaded, Overloaded], "half of the room"
+        for _ in range(20):
+            assert (await writer.submit(write(25))).inserted == 25
+        assert not any(task.done() for task in old[:7])
+        blocked.set()
+        results = await asyncio.gather(*old, return_exceptions=True)
+    assert [type(result) for result in results] == [Receipt] * 7 + [Overloaded] * 2
+    assert lanes.count((False, 1)) == 20
+    assert [n for is_late, n in lanes if is_late] == [7]
+
+
+@pytest.mark.parametrize(
+    ("age", "expected"),
+    [(timedelta(0), False), (timedelta(minutes=50), False), (timedelta(minutes=70), True), (timedelta(-1), False)],
+)
+async def test_a_request_is_late_by_its_oldest_quote(age: timedelta, expected: bool) -> None:
+    chunks = Chunks(set())
+    both = Write(Batch.from_rows([{"symbol": "A", "timestamp": at, "price": 1} for at in (NOW - age, NOW)]))
+    async with Writer(chunks, make_settings()) as writer:
+        await writer.submit(both)
+    assert [attempt.late for _, attempt in chunks.attempts] == [expected]
+
+
+async def test_what_is_blocked_refuses_only_itself() -> None:
+    chunks = Chunks({"B"})
+    async with Writer(chunks, make_settings()) as writer:
+        results = await asyncio.gather(
+            *(writer.submit(late(1, s)) for s in ("A", "B", "C", "B")), return_exceptions=True
+        )
+    assert [type(result).__name__ for result in results] == ["Receipt", "QuotesLocked", "Receipt", "QuotesLocked"]
+    shared, *alone = [attempt for _, attempt in chunks.attempts]
+    assert all(attempt.lock_timeout < shared.lock_timeout for attempt in alone), "the wait was the first one's"
+    assert all(attempt.within <= 30 for attempt in alone)
+
+
+async def test_small_requests_are_tried_again_before_large_ones() -> None:
+    chunks = Chunks({"BIG"})
+    async with Writer(chunks, make_settings()) as writer:
+        sizes = {"BIG": 50, "A": 1, "B": 20, "C": 2}
+        await asyncio.gather(*(writer.submit(write(n, s)) for s, n in sizes.items()), return_exceptions=True)
+    assert [symbols for symbols, _ in chunks.attempts] == [["BIG", "A", "B", "C"], ["A"], ["C"], ["B"], ["BIG"]]
+
+
+async def test_a_dead_database_is_tried_no_more_than_twice() -> None:
+    tries = 0
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        nonlocal tries
+        tries += 1
+        raise DatabaseUnavailable("away")
+
+    async with Writer(flush, make_settings()) as writer:
+        results = await asyncio.gather(*(writer.submit(write()) for _ in range(50)), return_exceptions=True)
+    assert {type(result) for result in results} == {DatabaseUnavailable}
+    assert tries == 2
+
+
+async def test_a_connection_that_broke_once_refuses_nobody() -> None:
+    tries = 0
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise DatabaseUnavailable("broken")
+        return [receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings()) as writer:
+        results = await asyncio.gather(*(writer.submit(write()) for _ in range(5)))
+    assert [result.inserted for result in results] == [1] * 5
+
+
+async def test_an_unknown_outcome_is_that_of_all_and_tried_no_more() -> None:
+    tries = 0
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        nonlocal tries
+        tries += 1
+        raise OutcomeUnknown("who knows")
+
+    async with Writer(flush, make_settings()) as writer:
+        results = await asyncio.gather(*(writer.submit(write()) for _ in range(3)), return_exceptions=True)
+    assert {type(result) for result in results} == {OutcomeUnknown}
+    assert tries == 1
+
+
+async def test_what_was_not_tried_again_in_time_has_the_error_of_all() -> None:
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        if len(writes) > 1:
+            raise QuotesLocked("locked")
+        await asyncio.sleep(0.2)
+        raise DatabaseRefused("refused")
+
+    async with Writer(flush, make_settings(write_timeout="100 ms")) as writer:
+        results = await asyncio.gather(*(writer.submit(write()) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == [DatabaseRefused, QuotesLocked, QuotesLocked]
+
+
+async def test_a_queue_that_does_not_move_refuses_in_time() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings(write_timeout="100 ms")) as writer:
+        flushing = asyncio.create_task(writer.submit(write()))
+        await settle()
+        waiting = [asyncio.create_task(writer.submit(write())) for _ in range(3)]
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(result) for result in results} == {Overloaded}
+        gate.open.set()
+        assert (await flushing).inserted == 1
+        assert (await writer.submit(write(2))).inserted == 2
+    assert gate.flushes == [1, 1], "what was refused is not written"
+
+
+# --- stopping ---
+
+
+async def test_requests_in_flight_are_taken_while_the_service_stops() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with Writer(gate, make_settings(drain_timeout="10 s")) as writer:
+        writer.stop_accepting()
+        assert not writer.accepting
+        assert (await writer.submit(write())).inserted == 1
+
+
+async def test_every_request_has_an_answer_when_the_drain_ends() -> None:
+    """Also while the server of HTTP still waits for them."""
+    gate = Gate()
+    async with Writer(gate, make_settings(drain_timeout="200 ms")) as writer:
+        flushing = asyncio.create_task(writer.submit(write()))
+        await settle()
+        waiting = asyncio.create_task(writer.submit(write()))
+        await settle()
+        writer.stop_accepting()
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(flushing, waiting, return_exceptions=True)
+            with pytest.raises(ServiceStopping):
+                await writer.submit(write())
+    assert [type(result) for result in results] == [ServiceStopping, ServiceStopping]
+
+
+async def test_a_body_has_its_time_and_less_of_it_when_the_service_stops() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings(drain_timeout="100 ms")) as writer:
+        with writer.room() as room, pytest.raises(BodyTimeout):
+            async with room.arriving(timedelta(milliseconds=10)):
+                await asyncio.sleep(30)
+        asyncio.get_running_loop().call_soon(writer.stop_accepting)
+        with writer.room() as room, pytest.raises(ServiceStopping):
+            async with room.arriving(timedelta(seconds=30)):
+                await asyncio.sleep(30)

@@ -56,7 +56,10 @@ class Observed:
             if message["type"] == "http.response.start":
                 status, answered = message["status"], True
                 traces.note_request(request_id, state.get("rows"))  # the span ends with the response
-                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+                headers = message.setdefault("headers", [])
+                headers.append((b"x-request-id", request_id.encode()))
+                if (services := getattr(scope["app"].state, "services", None)) and not services.writer.accepting:
+                    headers.append((b"connection", b"close"))
             await send(message)
 
         began = time.perf_counter()

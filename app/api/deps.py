@@ -24,7 +24,6 @@ from pydantic_core import PydanticCustomError
 
 from app.clock import NotAnInstant, floor, microseconds, parse, rfc3339_nano
 from app.errors import (
-    BodyTimeout,
     BodyTooLarge,
     Forbidden,
     InvalidPageToken,
@@ -99,6 +98,7 @@ async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
         MalformedBody: the encoding is damaged.
         BodyTooLarge: it is longer than `max_body_bytes`, by its header, in fact, or decompressed.
         BodyTimeout: it did not arrive within `body_timeout`.
+        ServiceStopping: the service stops before it has arrived.
     """
     limit = settings.max_body_bytes
     inflater = encoding.inflater(request.headers.get("content-encoding"), limit)
@@ -107,19 +107,16 @@ async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
         raise BodyTooLarge.beyond(limit)
     chunks: list[bytes] = []
     size = 0
-    try:
-        async with asyncio.timeout(settings.body_timeout.total_seconds()):
-            async for chunk in request.stream():
-                room.grow(len(chunk))
-                size += len(chunk)
-                if size > limit:
-                    raise BodyTooLarge.beyond(limit)
-                if inflater is None:
-                    chunks.append(chunk)
-                elif not inflater.feed(chunk, most=_INLINE_BYTES):
-                    await asyncio.to_thread(inflater.feed)
-    except TimeoutError as error:
-        raise BodyTimeout("The body did not arrive in time.") from error
+    async with room.arriving(settings.body_timeout):
+        async for chunk in request.stream():
+            room.grow(len(chunk))
+            size += len(chunk)
+            if size > limit:
+                raise BodyTooLarge.beyond(limit)
+            if inflater is None:
+                chunks.append(chunk)
+            elif not inflater.feed(chunk, most=_INLINE_BYTES):
+                await asyncio.to_thread(inflater.feed)
     return b"".join(chunks) if inflater is None else inflater.finish()
 
 

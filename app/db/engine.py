@@ -10,7 +10,7 @@ one does.
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, TypeAlias, TypeVar, cast
@@ -27,7 +27,15 @@ from sqlalchemy.pool import NullPool
 
 from app import metrics
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
-from app.errors import DatabaseUnavailable, QueryTimeout, QuotesError, StartupError
+from app.errors import (
+    DatabaseDamaged,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    QueryTimeout,
+    QuotesError,
+    QuotesLocked,
+    StartupError,
+)
 from app.quote.terms import Consistency
 from app.settings import Settings
 
@@ -42,16 +50,21 @@ _RENEW_INTERVAL: Final = 1.0
 #: What the driver raises when it cannot speak to a server, or not any longer.
 _DRIVER_FAILED: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 #: SQLSTATE classes that say "not now" rather than "never": connection, resources, operator intervention, system.
-_UNAVAILABLE = ("08", "53", "57", "58", "F0", "XX")
-_CANNOT_SERVE = {
-    "25006": "The database is read-only.",
-    "28P01": "The database refused the credentials.",
-    "28000": "The database refused the credentials.",
-    "3D000": "The database does not exist.",
-    "42P01": "The schema is missing: run `opa-quotes migrate`.",
-    "3F000": "The schema is missing: run `opa-quotes migrate`.",
-    "42501": "The database role lacks a privilege that the service needs.",
-}
+_UNAVAILABLE = ("08", "53", "57", "58", "F0")
+#: What a state, or else a class of states, says.
+_MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = {
+    "57014": (QueryTimeout, "The statement ran over its time; ask for a shorter range or fewer symbols."),
+    "55P03": (QuotesLocked, "Maintenance or another write holds a lock on these quotes for longer than is waited."),
+    "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
+    "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
+    "25006": (DatabaseUnavailable, "The database is read-only."),
+    "28P01": (DatabaseUnavailable, "The database refused the credentials."),
+    "28000": (DatabaseUnavailable, "The database refused the credentials."),
+    "3D000": (DatabaseUnavailable, "The database does not exist."),
+    "42P01": (DatabaseUnavailable, "The schema is missing: run `opa-quotes migrate`."),
+    "3F000": (DatabaseUnavailable, "The schema is missing: run `opa-quotes migrate`."),
+    "42501": (DatabaseUnavailable, "The database role lacks a privilege that the service needs."),
+} | dict.fromkeys(_UNAVAILABLE, (DatabaseUnavailable, "The database cannot serve the request now."))
 
 
 def translate(error: BaseException) -> QuotesError | None:
@@ -60,13 +73,8 @@ def translate(error: BaseException) -> QuotesError | None:
         return translate(error.orig.__cause__ or error.orig)
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
-        if state == "57014":
-            return QueryTimeout("The statement ran over its time; ask for a shorter range or fewer symbols.")
-        if state in _CANNOT_SERVE:
-            return DatabaseUnavailable(_CANNOT_SERVE[state])
-        if state.startswith(_UNAVAILABLE):
-            return DatabaseUnavailable("The database cannot serve the request now.")
-        return None
+        kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or (None, "")
+        return None if kind is None else kind(detail)
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("All database connections are busy.")
     if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):

@@ -6,6 +6,7 @@ know no faults: where anything is unusual they give None, and what they do take 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from typing import Any, Final, Self
 
@@ -108,6 +109,26 @@ class Batch:
         if self._records is not None:
             return [record[1] for record in self._records]
         return self.columns.column("timestamp")
+
+    @property
+    def oldest(self) -> datetime | None:
+        """The first microsecond of the rows in UTC; None without rows."""
+        times = self.timestamps
+        if isinstance(times, list):
+            return min(times, default=None)
+        oldest: datetime | None = pc.min(times).as_py()
+        return oldest
+
+    def days(self) -> list[tuple[datetime, datetime]]:
+        """The days in UTC that have rows, those that follow each other as one: first midnight, and the one after."""
+        times = pa.array(self.timestamps, COLUMNS.field("timestamp").type)
+        found: list[tuple[datetime, datetime]] = []
+        for day in sorted(pc.unique(pc.floor_temporal(times, unit="day")).to_pylist()):
+            if found and found[-1][1] == day:
+                found[-1] = (found[-1][0], day + timedelta(days=1))
+            else:
+                found.append((day, day + timedelta(days=1)))
+        return found
 
     def ends(self) -> Iterable[tuple[str, int, int]]:
         """Symbols with a first and a last instant; while the rows are few, each row by itself."""

@@ -31,7 +31,7 @@ from app.quote.rules import normal_symbol
 from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties
 from app.repository import bars
 from app.repository.bars import Bar, BarPrice, BarSpec, Reason
-from app.repository.ingest import Ingest, Write
+from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
     Arguments,
     Page,
@@ -122,8 +122,10 @@ class QuoteRepository:
             Conflict: a key is stored, `on_conflict` is `error` and `on_error` is `abort`.
             InvalidRequest: too many distinct days.
             BodyTooLarge: too many rows.
+            WriteTimeout: it ran over `write_timeout`; nothing was stored.
+            QuotesLocked: somebody holds a lock on a chunk; nothing was stored.
             DatabaseUnavailable: nothing was stored.
-            OutcomeUnknown: the connection broke while committing.
+            OutcomeUnknown: nobody knows whether they were stored, all or none.
         """
         terms = Terms(self.limits(), on_error, on_conflict, None, ties, prices or self._settings.prices)
         batch = Batch.from_rows([_joined(quote) for quote in quotes], terms)
@@ -143,9 +145,9 @@ class QuoteRepository:
             max_bytes=self._settings.max_body_bytes,
         )
 
-    async def write(self, writes: Sequence[Write]) -> list[Receipt | QuotesError]:
+    async def write(self, writes: Sequence[Write], attempt: Attempt | None = None) -> list[Receipt | QuotesError]:
         """Store several requests in one transaction, as `Ingest.write`."""
-        return await self._ingest.write(writes)
+        return await self._ingest.write(writes, attempt)
 
     async def replay(self, key: IdempotencyKey) -> Receipt | None:
         """The receipt that is kept under a key, as `Ingest.replay`."""
@@ -159,9 +161,10 @@ class QuoteRepository:
 
         Raises:
             InvalidRequest: the symbol cannot exist, a time is naive, or the range is reversed.
-            QueryTimeout: it ran over `write_timeout`; nothing was deleted.
+            WriteTimeout: it ran over `write_timeout`; nothing was deleted.
+            QuotesLocked: somebody holds a lock on a chunk; nothing was deleted.
             DatabaseUnavailable: nothing was deleted.
-            OutcomeUnknown: the connection broke while committing.
+            OutcomeUnknown: nobody knows whether they were deleted, all or none.
         """
         wanted = checked_range(symbol, start, end, 1, "asc")
         return await self._ingest.delete(wanted.symbols[0], wanted.start, wanted.end)

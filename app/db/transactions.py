@@ -1,0 +1,182 @@
+"""Transactions that change the store, each within its time, and what is known of its end.
+
+Invariant: a COMMIT that was sent is never cancelled. PostgreSQL takes a cancel, while a commit waits for a synchronous
+standby, for leave to say that it is done; so the connection is dropped instead and the outcome called unknown. The
+server goes on with what was dropped: how many such commits may be left behind is bounded.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Final, Literal, TypeVar
+
+import asyncpg
+import structlog
+
+from app import metrics
+from app.db.engine import Connection, Database, connection_lost
+from app.errors import (
+    CommitsWaiting,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    OutcomeUnknown,
+    QueryTimeout,
+    QuotesError,
+    WriteTimeout,
+)
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+_ATTEMPTS: Final = 3
+#: The server ends a statement that runs over its time by itself; one that says nothing for this much longer hangs.
+_GRACE: Final = 0.5
+#: Longest wait for the server to roll back, or to say which of its processes are there.
+_SHORT: Final = 2.0
+#: Commits that may be left behind; each is a server process that nobody can use until its standby is back.
+_LEFT: Final = 4
+_LOOK_EVERY: Final = 1.0
+#: TimescaleDB refuses a transaction that decompresses more than 100,000 rows, which a hundred late quotes of different
+#: hours can do. Time bounds a transaction here. Other servers take it for a setting of nobody.
+_UNBOUNDED: Final = "timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
+_THERE: Final = "SELECT pid FROM pg_stat_activity WHERE pid = ANY($1::int[])"
+
+
+class _Again(Exception):
+    """A transaction fell victim to another one, and may be done again."""
+
+
+class Transactions:
+    """Runs transactions on the pool of a `Database`; a COMMIT may take `commit_timeout`."""
+
+    def __init__(self, database: Database, commit_timeout: timedelta) -> None:
+        self._database = database
+        self._commit_timeout = commit_timeout.total_seconds()
+        self._left: set[int] = set()  # server processes whose commit was left behind
+        self._looked = 0.0
+
+    async def run(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        *,
+        within: float,
+        lock_timeout: float,
+        end: Literal["COMMIT", "ROLLBACK"] = "COMMIT",
+    ) -> T:
+        """Do `work` in a transaction that has a savepoint `fresh`; again if it fell victim to a deadlock.
+
+        It has `within` seconds until its COMMIT begins, and waits `lock_timeout` seconds for a lock.
+
+        Raises:
+            WriteTimeout: it took longer; nothing was done.
+            QuotesLocked: somebody held a lock for longer; nothing was done.
+            CommitsWaiting: too many commits were left behind; nothing was done.
+            DatabaseUnavailable: nothing was done; as `DatabaseRefused` or `DatabaseDamaged` it would not be later.
+            OutcomeUnknown: the COMMIT took longer than `commit_timeout`, or the connection broke meanwhile.
+        """
+        deadline = time.monotonic() + within
+        for attempt in range(1, _ATTEMPTS + 1):
+            if self._left:
+                await self._bound()
+            try:
+                return await self._attempt(work, deadline, lock_timeout, end)
+            except _Again:
+                if attempt == _ATTEMPTS:
+                    raise DatabaseUnavailable("Other writes were in the way each time.") from None
+            except QueryTimeout as error:
+                raise WriteTimeout from error
+            except asyncpg.PostgresError as error:
+                # What it says may hold values of the client's.
+                log.error("a write was refused", sqlstate=error.sqlstate, constraint=error.constraint_name)  # noqa: TRY400
+                raise DatabaseRefused(
+                    "The database refuses these quotes; an operator has to look at its log."
+                ) from error
+        raise AssertionError("unreachable")
+
+    async def _attempt(
+        self, work: Callable[[Connection], Awaitable[T]], deadline: float, lock_timeout: float, end: str
+    ) -> T:
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            async with asyncio.timeout(left + _GRACE) as limit, self._database.acquire() as connection:
+                left = max(deadline - time.monotonic(), 0.001)
+                # One message: four round trips less a flush.
+                await connection.execute(
+                    f"BEGIN; SET LOCAL statement_timeout = {1000 * left:.0f};"
+                    f" SET LOCAL lock_timeout = {1000 * lock_timeout:.0f}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
+                )
+                try:
+                    result = await work(connection)
+                except asyncio.CancelledError:
+                    # The server may not answer, so nothing is asked of it; it rolls back when it finds out.
+                    connection.terminate()
+                    raise
+                except BaseException as error:
+                    await self._roll_back(connection)
+                    if isinstance(error, (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)):
+                        raise _Again from error
+                    raise
+                if end == "COMMIT":
+                    limit.reschedule(None)
+                    await self._commit(connection)
+                else:
+                    await connection.execute(end)
+                return result
+        except TimeoutError as error:
+            raise DatabaseUnavailable("The database does not answer.") from error
+
+    async def _roll_back(self, connection: Connection) -> None:
+        if connection.is_closed():
+            return
+        try:
+            async with asyncio.timeout(_SHORT):
+                await connection.execute("ROLLBACK")
+        except TimeoutError:
+            connection.terminate()
+
+    async def _commit(self, connection: Connection) -> None:
+        process = connection.get_server_pid()
+        commit = asyncio.ensure_future(connection.execute("COMMIT"))
+        # Whoever cancels learns the outcome instead, known or not.
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({commit}, timeout=self._commit_timeout)
+        if not commit.done():
+            self._left.add(process)
+            commit.add_done_callback(_forget)
+            connection.terminate()
+            metrics.COMMITS_LEFT.inc()
+            log.warning("a commit was left behind", server_process=process)
+            raise OutcomeUnknown("The database did not confirm the commit in time; sending the same again is harmless.")
+        try:
+            commit.result()
+        except Exception as error:
+            if connection_lost(error):
+                raise OutcomeUnknown(
+                    "The connection broke while committing; sending the same again is harmless."
+                ) from error
+            raise
+
+    async def _bound(self) -> None:
+        """Refuse to begin while too many of the commits that were left behind are still on the server."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK_EVERY:
+            self._looked = now
+            try:
+                async with asyncio.timeout(_SHORT), self._database.dedicated(_SHORT) as connection:
+                    self._left = {row[0] for row in await connection.fetch(_THERE, list(self._left))}
+            except (QuotesError, TimeoutError):
+                pass  # what cannot be seen is still there
+        if len(self._left) >= _LEFT:
+            raise CommitsWaiting(
+                f"{len(self._left)} commits wait for a standby, or for a server that does not answer."
+                " Nothing of this request was stored."
+            )
+
+
+def _forget(commit: "asyncio.Future[str]") -> None:
+    """Look at how a commit ended that nobody waits for, which would be logged otherwise."""
+    if not commit.cancelled():
+        commit.exception()

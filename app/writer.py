@@ -53,8 +53,8 @@ _PATIENCE: Final = 0.05
 #: A request with a quote older than this is late.
 _LATE: Final = timedelta(hours=1)
 #: Late quotes that share a transaction. Each may be in another thousand of the columnstore that has to be decompressed,
-#: at 1.7 us a row: 8.5 s.
-_LATE_ROWS: Final = 5_000
+#: at 1.7 us a row: 17 s at worst.
+_LATE_ROWS: Final = 10_000
 #: Waits for a lock, in seconds. What live quotes wait for is their own chunk, and all of them would be refused; late
 #: ones keep others waiting; who is tried again has waited.
 _LOCK_LIVE: Final = 5.0
@@ -152,14 +152,12 @@ class Writer:
         self._settings = settings
         self._within = settings.write_timeout.total_seconds()
         rows, nbytes = settings.writer_queue_rows, settings.writer_queue_bytes
-        self._live = _Lane(
-            late=False, flushes=settings.writer_flushes, flush_rows=settings.writer_flush_rows, rows=rows, nbytes=nbytes
-        )
+        flushes, flush_rows = settings.writer_flushes, settings.writer_flush_rows
+        self._live = _Lane(late=False, flushes=flushes, flush_rows=flush_rows, rows=rows, nbytes=nbytes)
         # Half of the room: late quotes that are blocked leave the other half to those of now.
         self._late = _Lane(
-            late=True, flushes=1, flush_rows=min(_LATE_ROWS, settings.writer_flush_rows), rows=rows // 2,
-            nbytes=nbytes // 2,
-        )  # fmt: skip
+            late=True, flushes=flushes, flush_rows=min(_LATE_ROWS, flush_rows), rows=rows // 2, nbytes=nbytes // 2
+        )
         self._rows = 0  # waiting or being written
         self._bytes = 0  # these, and bodies that are being read
         self._keys: set[str] = set()  # idempotency keys that wait or are being written

@@ -27,6 +27,7 @@ from app.errors import (
     DatabaseRefused,
     DatabaseUnavailable,
     OutcomeUnknown,
+    QueryTimeout,
     QuotesError,
     QuotesLocked,
     WriteTimeout,
@@ -188,6 +189,19 @@ async def test_a_lock_is_not_waited_for_long(lane: Lane, quotes: QuoteRepository
         assert time.monotonic() - asked < SOON
         if database.capability.level >= Level.APACHE:
             assert (await quotes.bulk_insert(rows(symbol))).inserted == 3, "another chunk"
+
+
+@pytest.mark.concurrent
+async def test_reads_that_hang_leave_connections_to_the_writes(lane: Lane, symbol: str) -> None:
+    async with repository(lane, lane.url, pool_size=6, pool_overflow=0, pool_timeout="200 ms") as (quotes, database):
+        reads = [
+            asyncio.create_task(database.read(lambda connection: connection.execute("SELECT pg_sleep(60)")))
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0.1)
+        assert (await quotes.bulk_insert(rows(symbol))).inserted == 3
+        busy = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), SOON)
+        assert {type(error) for error in busy} == {DatabaseUnavailable, QueryTimeout}
 
 
 @pytest.mark.parametrize(

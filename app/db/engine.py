@@ -8,6 +8,7 @@ A URL may name several hosts: the pool then holds connections to the one that ta
 one does.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -187,6 +188,9 @@ class Database:
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
         self._renewed = -math.inf
+        # Reads that hang, as behind a lock on an old chunk, must not take the connections of the writes.
+        most = settings.pool_size + settings.pool_overflow - (2 * settings.writer_flushes if role == "primary" else 0)
+        self._reads = asyncio.Semaphore(max(most, 1)) if settings.pool_size else None
         self._in_use = metrics.POOL_IN_USE.labels(role)
         self._wait = metrics.POOL_WAIT_SECONDS.labels(role)
         if settings.pool_size:
@@ -300,6 +304,20 @@ class Database:
         return await self._read_primary(work)
 
     async def _read_primary(self, work: Work[T]) -> T:
+        if self._reads is None:
+            return await self._read_here(work)
+        try:
+            async with asyncio.timeout(self._settings.pool_timeout.total_seconds()):
+                await self._reads.acquire()
+        except TimeoutError:
+            metrics.DB_ERRORS.labels("pool").inc()
+            raise DatabaseUnavailable("All database connections for reads are busy.") from None
+        try:
+            return await self._read_here(work)
+        finally:
+            self._reads.release()
+
+    async def _read_here(self, work: Work[T]) -> T:
         metrics.READS.labels("primary").inc()
         began = False
         try:

@@ -76,6 +76,11 @@ WRITER_WAIT_SECONDS: Final = Histogram(
 COMMITS_LEFT: Final = Counter(
     "quotes_commits_left_total", "Commits that the database did not confirm in time, so that their outcome is unknown."
 )
+COMMITS_WAITING: Final = Measured(
+    "quotes_commits_waiting",
+    "Commits that a synchronous standby has not confirmed for a second.",
+    multiprocess_mode="livemostrecent",
+)
 HEALTH_UP: Final = Gauge(
     "quotes_health_check_up",
     "1 when the last run of a health check was healthy, degraded or skipped.",

@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     writer_flush_rows: int = Field(default=50_000, ge=1, description="Most quotes in one transaction.")
     writer_flushes: int = Field(default=2, ge=1, description="Transactions in flight at once.")
     drain_timeout: Duration = Field(
-        default=timedelta(seconds=20), description="Longest wait for queued quotes when the service stops."
+        default=timedelta(seconds=20), description="Longest wait for requests in flight when the service stops."
     )
 
     page_token_key: SecretStr = Field(

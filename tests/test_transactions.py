@@ -32,9 +32,10 @@ from app.errors import (
     QuotesLocked,
     WriteTimeout,
 )
+from app.main import create_app
 from app.quote.terms import OnConflict
 from app.repository.quotes import QuoteRepository
-from tests.conftest import Lane, patiently, random_symbol
+from tests.conftest import Lane, patiently, random_symbol, running
 
 NOW: Final = datetime.now(UTC).replace(microsecond=0)
 #: Of whatever is bounded: the machine may be busy.
@@ -189,6 +190,46 @@ async def test_a_lock_is_not_waited_for_long(lane: Lane, quotes: QuoteRepository
         assert time.monotonic() - asked < SOON
         if database.capability.level >= Level.APACHE:
             assert (await quotes.bulk_insert(rows(symbol))).inserted == 3, "another chunk"
+
+
+@pytest.mark.concurrent
+async def test_a_lock_on_an_old_chunk_stops_its_own_quotes_only(lane: Lane, database: Database) -> None:
+    """Late quotes wait and are refused, live ones and those of other days are not, through the whole service."""
+    if database.capability.level < Level.APACHE:
+        pytest.skip(f"the level of this lane is {database.capability.level}: no chunks")
+    day = NOW - timedelta(days=500)
+    symbols = [random_symbol() for _ in range(12)]
+
+    def one(symbol: str, at: datetime) -> list[dict[str, Any]]:
+        return [{"symbol": symbol, "timestamp": at.isoformat(), "price": 1}]
+
+    async with running(create_app(lane.make_settings(write_timeout="20 s"))) as client:
+        for at in (day, day + timedelta(days=1)):
+            assert (await client.post("/v1/quotes", json=one(symbols[0], at))).status_code == 200
+        async with database.dedicated() as holder, holder.transaction():
+            chunk = await holder.fetchval(
+                "SELECT tableoid::regclass::text FROM quotes.real_time WHERE symbol = $1 AND timestamp = $2",
+                symbols[0], day,
+            )  # fmt: skip
+            await holder.execute(f"LOCK TABLE {chunk} IN EXCLUSIVE MODE")
+            blocked = [
+                asyncio.create_task(client.post("/v1/quotes", json=one(s, day + timedelta(seconds=1))))
+                for s in symbols[:4]
+            ]
+            beside = [
+                asyncio.create_task(client.post("/v1/quotes", json=one(s, day + timedelta(days=1))))
+                for s in symbols[4:]
+            ]
+            for i in range(20):
+                live = await client.post("/v1/quotes", json=one(symbols[0], NOW + timedelta(milliseconds=i)))
+                assert live.status_code == 200
+            assert not any(task.done() for task in blocked), "live quotes were not waited for"
+            answers = await asyncio.gather(*blocked)
+            assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, "quotes-locked")}
+            assert {answer.headers["retry-after"] for answer in answers} == {"5"}
+            assert {answer.status_code for answer in await asyncio.gather(*beside)} == {200}
+        again = await client.post("/v1/quotes", json=one(symbols[0], day + timedelta(seconds=1)))
+        assert again.json()["inserted"] == 1
 
 
 @pytest.mark.concurrent

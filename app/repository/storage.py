@@ -57,6 +57,11 @@ CROSS JOIN LATERAL hypertable_detailed_size(format('%I.%I', user_view_schema, us
 WHERE user_view_schema = 'quotes'
 ORDER BY mat_hypertable_id
 """
+#: Commits of this role that have waited for a standby for a second.
+_WAITING: Final = """
+SELECT count(*) FROM pg_stat_activity
+WHERE wait_event = 'SyncRep' AND datname = current_database() AND now() - query_start > interval '1 s'
+"""
 _SIZE: Final = "SELECT pg_database_size(current_database())"
 _ENDS: Final = "SELECT min(first_timestamp), max(timestamp) FROM quotes.latest"
 # A refresh job names its view, or in older versions the hypertable behind it.
@@ -137,7 +142,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One look at the store: `size` is of the whole database in bytes, `newest` the newest timestamp stored."""
+    """One look at the store: `size` is of the whole database in bytes, `newest` the newest timestamp stored.
+
+    `commits_waiting` are commits that a synchronous standby has not confirmed for a second.
+    """
 
     capability: Capability
     size: int
@@ -146,6 +154,7 @@ class Storage:
     chunks: list[Chunk]
     rollups: list[Rollup]
     jobs: list[Job]
+    commits_waiting: int
 
     def count(self, state: ChunkState) -> int:
         """Chunks in a state."""
@@ -193,6 +202,7 @@ class StorageRepository:
                 relations = [await _table(connection, "quotes.real_time")]
             relations += [await _table(connection, name) for name in ("quotes.latest", "quotes.receipts")]
             size = await connection.fetchval(_SIZE)
+            waiting = await connection.fetchval(_WAITING)
             first, last = await connection.fetchrow(_ENDS) or (None, None)
             rollups = []
             if community:
@@ -206,7 +216,7 @@ class StorageRepository:
                         Rollup(row["name"], row["watermark"], _lag(row["watermark"], first, last), row["stale_ranges"])
                     )
             jobs = [_job(row) for row in await connection.fetch(_JOBS)] if community else []
-        return Storage(capability, size, last, relations, found, rollups, jobs)
+        return Storage(capability, size, last, relations, found, rollups, jobs, waiting)
 
 
 async def chunks(connection: Connection, level: Level) -> list[Chunk]:

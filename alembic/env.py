@@ -11,7 +11,7 @@ from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db.capability import DETECT, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
-from app.db.engine import connect_first, hosts_of
+from app.db.hosts import find_primary, hosts_of
 from app.errors import StartupError
 from app.settings import Settings
 
@@ -88,7 +88,7 @@ def _run(connection: Connection) -> None:
 
 async def _main() -> None:
     async def connect() -> object:
-        return (await connect_first(hosts_of(_url()), timeout=10))[1]
+        return (await find_primary(hosts_of(_url()), timeout=10)).connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=pool.NullPool)
     try:

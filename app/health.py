@@ -15,6 +15,7 @@ from app.clock import rfc3339
 from app.db.capability import REQUIRED, Level
 from app.errors import QuotesError
 from app.quote.fields import KEY
+from app.quote.terms import AHEAD
 from app.repository.system import Observation, SystemRepository
 from app.settings import Settings
 
@@ -23,6 +24,8 @@ Status = Literal["healthy", "degraded", "unhealthy", "skipped"]
 _TIMEOUT: Final = 2.0
 _FRESH: Final = 1.0  # probes of several supervisors share one look
 _SLOW: Final = 1.0
+#: Seconds between the clocks of the service and of the database above which one of them is no longer kept by NTP.
+_CLOCK_OFF: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,19 @@ class Check:
     detail: str
     version: str | None = None
     latency_ms: float | None = None
+    clock_difference_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As in the JSON answer."""
-        return {
+        shown = {
             "status": self.status,
             "detail": self.detail,
             "version": self.version,
             "latency_ms": self.latency_ms,
         }
+        if self.clock_difference_ms is not None:
+            shown["clock_difference_ms"] = self.clock_difference_ms
+        return shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +118,23 @@ class Health:
         return Report(checks, level, datetime.now(UTC))
 
     def _database(self, seen: Observation, latency: float) -> Check:
-        slow = latency > _SLOW
-        return Check(
-            "database",
-            "degraded" if slow else "healthy",
-            f"Answers, but took {latency:.1f} s." if slow else "Answers.",
-            seen.capability.postgresql,
-            round(1000 * latency, 2),
-        )
+        remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []
+        remarks += _divided(seen)
+        status: Status = "degraded" if remarks else "healthy"
+        difference = None
+        if seen.clock is not None:
+            metrics.CLOCK_DIFFERENCE.set(seen.clock.seconds)
+            difference = round(1000 * seen.clock.seconds, 2)
+            if seen.clock.certain > AHEAD.total_seconds():
+                # Quotes of now are refused as a client's mistake, and not sent again; or quotes of days to come are
+                # taken, and hide what comes until then. A 503 harms neither.
+                status = "unhealthy"
+                remarks.append(f"{_clocks(seen.clock.seconds)}; if it is wrong, {_HARM[seen.clock.seconds > 0]}.")
+            elif seen.clock.certain > _CLOCK_OFF:
+                status = "degraded"
+                remarks.append(f"{_clocks(seen.clock.seconds)}.")
+        detail = " ".join(remarks) or "Answers."
+        return Check("database", status, detail, seen.capability.postgresql, round(1000 * latency, 2), difference)
 
     def _timescaledb(self, seen: Observation) -> Check:
         capability = seen.capability
@@ -144,3 +160,28 @@ class Health:
             detail = "TimescaleDB is there, but quotes.real_time is a plain table."
             return Check("hypertable", "degraded", detail, seen.revision)
         return Check("hypertable", "healthy", "A plain table, as the level has no hypertables.", seen.revision)
+
+
+def _divided(seen: Observation) -> list[str]:
+    """What there is to say of several servers that take writes.
+
+    The service goes on with one of them, so that a mistake with a standby is no outage.
+    """
+    if len(seen.writable) <= 1:
+        return []
+    servers = ", ".join(map(str, seen.writable))
+    return [
+        f"{len(seen.writable)} servers take writes: {servers}. This service writes to {seen.host}; stop the others."
+    ]
+
+
+def _clocks(ahead: float) -> str:
+    direction = "ahead of" if ahead > 0 else "behind"
+    return f"The clock of the service is {abs(ahead):.1f} s {direction} that of the database"
+
+
+#: What a clock of the service that is off by more than `AHEAD` does, by whether it is ahead.
+_HARM: Final = {
+    True: "quotes of the future are stored",
+    False: "quotes of now are refused as ones of the future",
+}

@@ -101,6 +101,16 @@ REPLICA_LAG: Final = Gauge(
     ["replica"],
     multiprocess_mode="livemax",
 )
+WRITABLE_SERVERS: Final = Measured(
+    "quotes_writable_servers",
+    "Servers that take writes, of those that the database URLs name; one under two names counts once.",
+    multiprocess_mode="livemax",
+)
+CLOCK_DIFFERENCE: Final = Measured(
+    "quotes_clock_difference_seconds",
+    "How far the clock of this service is ahead of the database's; negative if it is behind.",
+    multiprocess_mode="livemostrecent",
+)
 POOL_IN_USE: Final = Gauge(
     "quotes_db_pool_checked_out_connections",
     "Pooled database connections in use.",

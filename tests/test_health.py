@@ -3,16 +3,20 @@
 import asyncio
 import dataclasses
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from app.db.capability import Capability
 from app.db.engine import Database
+from app.db.hosts import Writable
+from app.db.migrate import head
 from app.errors import DatabaseUnavailable, QueryTimeout
 from app.health import Health, Report
 from app.main import create_app
-from app.repository.system import Observation, SystemRepository
+from app.repository.system import ClockDifference, Observation, SystemRepository
 from app.settings import Settings
 from tests.conftest import Lane, running
 
@@ -128,3 +132,48 @@ async def test_health_of_a_database_that_went_away(lane: Lane) -> None:
     assert report.status == "unhealthy"
     assert time.monotonic() - began < 10
     assert "postgresql://" not in str(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "within", "status", "words"),
+    [
+        (0.2, 0.001, "healthy", ("Answers.",)),
+        (-5.0, 0.001, "healthy", ("Answers.",)),
+        (5.1, 0.01, "degraded", ("5.1 s ahead of",)),
+        (-7.0, 0.01, "degraded", ("7.0 s behind",)),
+        # A slow answer says little of the clocks.
+        (5.5, 0.6, "healthy", ("Answers.",)),
+        (-60.0, 0.0, "degraded", ("60.0 s behind",)),
+        (-120.0, 0.01, "unhealthy", ("120.0 s behind", "quotes of now are refused")),
+        (90_000.0, 0.01, "unhealthy", ("90000.0 s ahead of", "quotes of the future are stored")),
+    ],
+)
+async def test_clocks_that_differ(seconds: float, within: float, status: str, words: tuple[str, ...]) -> None:
+    report = await verdict(change(clock=ClockDifference(seconds, within)))
+    check = report.checks[0]
+    assert check.status == report.status == status
+    assert all(word in check.detail for word in words)
+    assert check.to_dict()["clock_difference_ms"] == 1000 * seconds
+    assert REGISTRY.get_sample_value("quotes_clock_difference_seconds") == seconds
+    assert "clock_difference_ms" not in report.checks[1].to_dict()
+
+
+@pytest.mark.parametrize("behind", [0, 120, -90_000])
+async def test_the_difference_of_clocks_is_measured(lane: Lane, database: Database, behind: int) -> None:
+    """By a clock of this process that is wrong."""
+    wrong = SystemRepository(database, lambda: datetime.now(UTC) - timedelta(seconds=behind))
+    report = await Health(wrong, lane.make_settings(), head()).report()
+    measured = report.to_dict()["checks"]["database"]["clock_difference_ms"] / 1000
+    assert measured == pytest.approx(-behind, abs=1)
+    assert report.status == ("unhealthy" if behind else "healthy")
+
+
+async def test_several_servers_that_take_writes_are_named() -> None:
+    two = (Writable("db1:5432", 1), Writable("db2:5432", 2))
+    report = await verdict(change(writable=two, host="db2:5432"))
+    assert report.status == "degraded"
+    assert report.checks[0].detail == (
+        "2 servers take writes: db1:5432 (timeline 1), db2:5432 (timeline 2). This service writes to db2:5432;"
+        " stop the others."
+    )
+    assert (await verdict(change(writable=two[1:], host="db2:5432"))).status == "healthy"

@@ -17,8 +17,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
-from app.db.engine import Connection, hosts_of
-from app.db.replicas import ReplicatedDatabase, _Seen
+from app.db.engine import Connection
+from app.db.hosts import Server, hosts_of
+from app.db.replicas import ReplicatedDatabase
 from app.main import create_app
 from app.settings import Settings
 from tests.conftest import random_symbol, running
@@ -51,27 +52,42 @@ class Pair:
 
 
 @contextmanager
-def replication(directory: Path) -> Iterator[Pair]:
-    """A primary and a standby taken from it by `pg_basebackup`."""
-    primary_dir, standby_dir = directory / "p", directory / "s"
-    for path in (primary_dir, standby_dir):
-        path.mkdir(parents=True)
-    primary = _Cluster.prepare(primary_dir)
-    standby = replace(primary, data=standby_dir / "pgdata", socket=standby_dir / "run")
+def primary_of_its_own(directory: Path) -> Iterator[_Cluster]:
+    """A server that is killed at the end, with its standbys' promises broken."""
+    directory.mkdir(parents=True)
+    cluster = _Cluster.prepare(directory)
+    cluster.start()
+    try:
+        yield cluster
+    finally:
+        if cluster._is_running():
+            crash(cluster)
+
+
+@contextmanager
+def standby_of(primary: _Cluster, directory: Path, *config: str) -> Iterator[_Cluster]:
+    """A standby taken from a primary by `pg_basebackup`, which gives way to replay at once."""
+    directory.mkdir(parents=True)
+    standby = replace(primary, data=directory / "pgdata", socket=directory / "run")
     for path in (standby.data, standby.socket):
         standby.give(path)
-    primary.start()
+    source = ("-d", f"host={primary.socket} user=quotes application_name={directory.name}")
+    standby.run("pg_basebackup", "-R", "--checkpoint=fast", "--no-sync", *source)
+    with (standby.data / "postgresql.conf").open("a") as file:
+        file.writelines(f"{line}\n" for line in ("max_standby_streaming_delay = 0", *config))
     try:
-        source = ("-h", str(primary.socket), "-U", "quotes")
-        standby.run("pg_basebackup", "-R", "--checkpoint=fast", "--no-sync", *source)
-        with (standby.data / "postgresql.conf").open("a") as config:
-            config.write("max_standby_streaming_delay = 0\n")
         standby.start()
-        yield Pair(primary, standby)
+        yield standby
     finally:
-        for cluster in (standby, primary):
-            if cluster._is_running():
-                crash(cluster)
+        if standby._is_running():
+            crash(standby)
+
+
+@contextmanager
+def replication(directory: Path) -> Iterator[Pair]:
+    """A primary and a standby."""
+    with primary_of_its_own(directory / "p") as primary, standby_of(primary, directory / "s") as standby:
+        yield Pair(primary, standby)
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +386,9 @@ def test_a_standby_of_another_history_stays_out(pair: Pair) -> None:
     settings = pair.settings
     database = ReplicatedDatabase("postgresql:///a", "postgresql:///b", settings)
     (replica,) = database._replicas
-    primary, standby = (_Seen(kind, datetime(2026, 1, day, tzinfo=UTC), 100) for kind, day in ((False, 1), (True, 2)))
+    primary, standby = (
+        Server(datetime(2026, 1, day, tzinfo=UTC), kind, not kind, 1, 100) for kind, day in ((False, 1), (True, 2))
+    )
 
     def judged(position: int, written: int) -> bool:
         database._log.samples.append((time.monotonic(), written))

@@ -4,21 +4,22 @@ Invariant: but for `Database.open`, a connection leaves this module only inside 
 and driver exceptions leave it only as `errors.*`. Sessions run in UTC, plan with the actual parameters (a generic plan
 over a hypertable would lock every chunk) and stop a statement that runs over its time.
 
-A URL may name several hosts: the pool then holds connections to the one that takes writes, and moves when another
-one does.
+A URL may name several hosts: the pool then holds connections to the one to write to (`app.db.hosts`), and moves when
+that is another. All hosts are looked at when the first connection is opened, and when none is open that would have
+closed if the server had stopped; else a new connection goes straight to the host that is known.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, TypeAlias, TypeVar, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import asyncpg
+import structlog
 from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
@@ -27,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import metrics
+from app.db import hosts
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
 from app.errors import (
     DatabaseDamaged,
@@ -40,12 +42,12 @@ from app.errors import (
 from app.quote.terms import Consistency
 from app.settings import Settings
 
-Connection: TypeAlias = "asyncpg.Connection[Any]"
+log = structlog.get_logger(__name__)
+
+Connection: TypeAlias = hosts.Connection
 T = TypeVar("T")
 #: A read: it may run a second time, on another connection, so it has no effect but its result.
 Work: TypeAlias = Callable[[Connection], Awaitable[T]]
-#: Longest wait for one of several hosts; one that swallows packets must not use up the time of the others.
-_HOST_TIMEOUT: Final = 3.0
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
 _RENEW_INTERVAL: Final = 1.0
 #: What the driver raises when it cannot speak to a server, or not any longer.
@@ -121,43 +123,6 @@ def connection_lost(error: BaseException) -> bool:
     )
 
 
-def hosts_of(url: str) -> list[str]:
-    """A URL for each host that the URL names, in its order."""
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    auth, at, listed = parts.netloc.rpartition("@")
-    hosts = (listed or query.get("host", "")).split(",")
-    ports = query.get("port", "").split(",")
-    if len(hosts) == 1:
-        return [url]
-    if len(ports) not in {1, len(hosts)}:
-        raise ValueError("A URL has one port, or as many as hosts.")
-    urls = []
-    for host, port in zip(hosts, ports * (len(hosts) // len(ports)), strict=True):
-        own = query | ({"port": port} if port else {}) | ({} if listed else {"host": host})
-        netloc = f"{auth}{at}{host}" if listed else parts.netloc
-        urls.append(urlunsplit(parts._replace(netloc=netloc, query=urlencode(own))))
-    return urls
-
-
-async def connect_first(urls: list[str], timeout: float, **options: Any) -> tuple[int, Connection]:
-    """A connection to the first of the hosts that can be reached, and its index; of several, that takes writes.
-
-    The driver's own list of hosts shares one timeout, which a host that does not answer would use up.
-    """
-    if len(urls) == 1:
-        return 0, await asyncpg.connect(urls[0], timeout=timeout, **options)
-    options["timeout"] = min(_HOST_TIMEOUT, timeout / len(urls))
-    options["target_session_attrs"] = SessionAttribute.read_write
-    failures: list[Exception] = []
-    for index, url in enumerate(urls):
-        try:
-            return index, await asyncpg.connect(url, **options)
-        except (*_DRIVER_FAILED, asyncpg.PostgresError) as error:
-            failures.append(error)
-    raise failures[0]
-
-
 async def detect(connection: Connection) -> Capability:
     """What the server can do, if the store on it is none of before the first release.
 
@@ -177,13 +142,20 @@ class Database:
 
     Attributes:
         capability: what the server can do, known after `connect()`.
+        writable: the servers that took writes when the hosts were last looked at, of several hosts.
     """
 
     capability: Capability
+    writable: tuple[hosts.Writable, ...] = ()
 
     def __init__(self, url: str, settings: Settings, role: metrics.Role = "primary") -> None:
-        self._hosts = hosts_of(url)
-        self._host = 0  # the one that took writes last
+        self._hosts = hosts.hosts_of(url)
+        self._names = [hosts.name_of(host) for host in self._hosts]
+        self._host = 0  # the one to write to, as far as is known
+        self._server: hosts.Server | None = None  # what was there
+        self._doubted = -math.inf
+        self._choosing = asyncio.Lock()
+        self._failed: tuple[float, Exception] | None = None
         self._settings = settings
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
@@ -230,15 +202,30 @@ class Database:
                 connection.terminate()
 
     async def open(self, timeout: float = 10, statement_timeout: timedelta | None = None) -> Connection:
-        """A new connection outside the pool, for whoever closes it; the driver's exceptions come as they are."""
+        """A new connection outside the pool, for whoever closes it; the driver's exceptions come as they are.
+
+        Raises:
+            DatabaseUnavailable: of several hosts none takes writes, or which is the newest that does cannot be told.
+        """
+        began = time.monotonic()
+        async with asyncio.timeout(timeout):
+            place, connection = await self._open(timeout, self._options(statement_timeout))
+        # Of a move while it was being opened it is as stale as those that were open.
+        self._opened[connection] = (began, place)
+        return connection
+
+    async def open_host(self, place: int, timeout: float) -> Connection:
+        """A connection to one of the hosts, whatever it is; for looking at it."""
+        options = self._options(timedelta(seconds=timeout))
+        connection: Connection = await asyncpg.connect(self._hosts[place], timeout=timeout, **options)
+        return connection
+
+    def _options(self, statement_timeout: timedelta | None) -> dict[str, Any]:
         milliseconds = int((statement_timeout or self._settings.statement_timeout).total_seconds() * 1000)
-        order = [*range(self._host, len(self._hosts)), *range(self._host)]
-        found, connection = await connect_first(
-            [self._hosts[i] for i in order],
-            timeout,
+        return {
             # A pooler that hands each transaction to another server process cannot keep prepared statements.
-            statement_cache_size=0 if self._settings.pool_size == 0 else 100,
-            server_settings={
+            "statement_cache_size": 0 if self._settings.pool_size == 0 else 100,
+            "server_settings": {
                 "application_name": "opa-quotes",
                 "TimeZone": "UTC",
                 "plan_cache_mode": "force_custom_plan",
@@ -249,10 +236,88 @@ class Database:
                 "statement_timeout": str(milliseconds),
                 "idle_in_transaction_session_timeout": "60000",
             },
+        }
+
+    async def _open(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
+        if len(self._hosts) == 1:
+            return 0, await asyncpg.connect(self._hosts[0], timeout=timeout, **options)
+        began = time.monotonic()
+        if self._vouched():
+            try:
+                return await self._open_known(timeout, options)
+            except hosts.UNREACHABLE as error:
+                if not connection_lost(error):
+                    raise  # by the server that is known, as when it has no connection to spare
+                self.doubt()
+        async with self._choosing:
+            # Of those that wait here together one looks, for all.
+            if self._failed is not None and self._failed[0] > began:
+                raise self._failed[1]
+            if not self._vouched():
+                return await self._open_newest(timeout, options)
+        return await self._open_known(timeout, options)
+
+    async def _open_known(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
+        place, patience = self._host, min(hosts.HOST_TIMEOUT, timeout / 3)
+        read_write = SessionAttribute.read_write
+        url = self._hosts[place]
+        return place, await asyncpg.connect(url, timeout=patience, target_session_attrs=read_write, **options)
+
+    async def _open_newest(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
+        began = time.monotonic()
+        try:
+            found = await hosts.find_primary(self._hosts, timeout, self._server, **options)
+        except Exception as error:
+            self._failed = (time.monotonic(), error)
+            if isinstance(error, DatabaseUnavailable):
+                metrics.DB_ERRORS.labels("connection").inc()
+            raise
+        self._host, self._server = found.place, found.seen[found.place]
+        self._opened[found.connection] = (began, found.place)  # before another one asks who vouches
+        self.tell_writable(self._names, found.seen)
+        return found.place, found.connection
+
+    def _vouched(self) -> bool:
+        """Whether the server that was chosen is still the one at its host: a connection to it has not closed."""
+        return any(
+            host == self._host and opened > self._doubted and not connection.is_closed()
+            for connection, (opened, host) in list(self._opened.items())
         )
-        self._host = order[found]
-        self._opened[connection] = (time.monotonic(), self._host)
-        return connection
+
+    def doubt(self) -> None:
+        """Let the next new connection look at all hosts: one that does not answer closes no connection."""
+        self._doubted = time.monotonic()
+
+    def tell_writable(self, names: Sequence[str], seen: Sequence[hosts.Server | None]) -> None:
+        """Note and show which servers take writes."""
+        found = hosts.writable(names, seen)
+        if len(found) > 1 and found != self.writable:
+            log.error("more than one server takes writes", servers=[str(one) for one in found])
+        self.writable = found
+        metrics.WRITABLE_SERVERS.set(len(found))
+
+    def notice(self, server: hosts.Server, place: int | None = None) -> bool:
+        """Move to the server at a host, and tell so, if it has a newer timeline than the one that was written to.
+
+        Without a place it is the server behind the host that is written to.
+
+        An address that moves leads new connections to the new server and leaves the old ones with the old.
+        """
+        last = self._server
+        if last is None or not server.writable or server.control.system != last.control.system:
+            return False
+        if server.timeline <= last.timeline:
+            return False
+        self._host, self._server = self._host if place is None else place, server
+        log.warning("moving to a newer primary", host=self.host, timeline=server.timeline)
+        self.renew()
+        self.terminate(others=True)
+        return True
+
+    @property
+    def host(self) -> str:
+        """The host that is written to."""
+        return self._names[self._host]
 
     async def connect(self) -> None:
         """Reach the server and detect its capability level.
@@ -263,6 +328,14 @@ class Database:
         """
         async with self.acquire() as connection:
             self.capability = await detect(connection)
+            if self._server is None:
+                self._server = await self.identify(connection)
+
+    async def identify(self, connection: Connection) -> hosts.Server | None:
+        """What the server says of itself; None if it is one that does not."""
+        with suppress(asyncpg.PostgresError):
+            return await hosts.look(connection)
+        return None
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:

@@ -14,8 +14,11 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Final
 
 import asyncpg
@@ -23,7 +26,8 @@ import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import metrics
-from app.db.engine import Connection, Database, T, Work, hosts_of
+from app.db.engine import Connection, Database, T, Work
+from app.db.hosts import UNREACHABLE, Control, Server, choose, control, hosts_of, look, name_of
 from app.errors import DatabaseUnavailable, QueryTimeout
 from app.quote.terms import Consistency
 from app.settings import Settings
@@ -36,14 +40,6 @@ _TIMEOUT: Final = 3.0
 _MISSES: Final = 2
 _NEVER: Final = -math.inf
 
-# Functions that any role may call; those that name the sender or the timeline need pg_monitor. A server is known by
-# when it started, to the microsecond, whatever name it is reached by.
-_LOOK: Final = """
-SELECT pg_is_in_recovery(), pg_postmaster_start_time(),
-       ((CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_replay_lsn(), '0/0') ELSE pg_current_wal_lsn() END)
-        - '0/0'::pg_lsn)::bigint
-"""
-
 
 def database_of(url: str, settings: Settings) -> Database:
     """The database at `url`, with the replicas of the settings, if any."""
@@ -53,31 +49,26 @@ def database_of(url: str, settings: Settings) -> Database:
     return ReplicatedDatabase(url, None if read_url is None else read_url.get_secret_value(), settings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    standby: bool
-    started: datetime
-    position: int
-
-
 class _Probe:
     """A look at a server over one connection outside of the pool, which is kept."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        self._connect = connect
         self._connection: Connection | None = None
+        self._control: Control | None = None
 
-    async def look(self) -> _Seen | None:
+    async def look(self) -> Server | None:
         """What the server says now; None if it does not answer in time."""
         try:
             if self._connection is None:
-                self._connection = await self._database.open(_TIMEOUT, timedelta(seconds=_TIMEOUT))
+                self._connection, self._control = await self._connect(), None
             async with asyncio.timeout(_TIMEOUT):
-                row = await self._connection.fetchrow(_LOOK)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                if self._control is None:
+                    self._control = await control(self._connection)
+                return await look(self._connection, self._control)
+        except (*UNREACHABLE, DatabaseUnavailable):
             self.close()
             return None
-        return None if row is None else _Seen(*row)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -90,10 +81,11 @@ class _Replica:
     """One standby: `caught_up` is a moment of which it is known to hold everything acknowledged before."""
 
     name: str
+    host: str
     database: Database
     probe: _Probe
     caught_up: float = _NEVER
-    seen: _Seen | None = None
+    seen: Server | None = None
     diverged: datetime | None = None
     misses: int = 0
     in_rotation: bool = False
@@ -103,7 +95,7 @@ class _Replica:
 class _Log:
     """How far the primary had written, at moments of late, and who the primary was."""
 
-    primary: datetime | None = None
+    primary: tuple[int | None, datetime] | None = None
     samples: "deque[tuple[float, int]]" = field(default_factory=deque)
 
     def held(self, position: int) -> float:
@@ -118,27 +110,34 @@ class ReplicatedDatabase(Database):
         super().__init__(url, settings)
         self._max_lag = settings.max_replica_lag.total_seconds()
         self._statement_time = settings.statement_timeout.total_seconds()
-        self._primary = _Probe(self)
+        self._primary = _Probe(partial(self.open, _TIMEOUT, timedelta(seconds=_TIMEOUT)))
+        self._writers = [_Probe(partial(self.open_host, place, _TIMEOUT)) for place in range(len(self._hosts))]
         self._replicas: list[_Replica] = []
         for index, host in enumerate([] if read_url is None else hosts_of(read_url)):
             pool = Database(host, settings, "replica")
-            self._replicas.append(_Replica(str(index), pool, _Probe(pool)))
+            probe = _Probe(partial(pool.open_host, 0, _TIMEOUT))
+            self._replicas.append(_Replica(str(index), name_of(host), pool, probe))
         self._turn = itertools.count()
         self._log = _Log()
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
 
     async def connect(self) -> None:
         """As of any database, and look at the replicas once; they need not be there."""
         await super().connect()
         await self._look()
-        self._watcher = asyncio.create_task(self._watch(), name="replicas")
+        # Apart, since a host that does not answer holds up whoever waits for it.
+        self._watchers = [
+            asyncio.create_task(self._watch(self._look), name="replicas"),
+            asyncio.create_task(self._watch(self._survey), name="hosts"),
+        ]
 
     async def close(self) -> None:
         """Close every pooled connection."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
-        self._primary.close()
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for probe in (self._primary, *self._writers):
+            probe.close()
         for replica in self._replicas:
             replica.probe.close()
             await replica.database.close()
@@ -180,13 +179,35 @@ class ReplicatedDatabase(Database):
         recent = [replica for replica in self._replicas if replica.caught_up >= oldest]
         return recent[next(self._turn) % len(recent)] if recent else None
 
-    async def _watch(self) -> None:
+    def notice(self, server: Server, place: int | None = None) -> bool:
+        """As of any database; and look anew at each host, as an address may lead elsewhere."""
+        moved = super().notice(server, place)
+        if moved:
+            for probe in (self._primary, *self._writers):
+                probe.close()
+            # What a replica was compared with is of the past, and the old primary may be one of them.
+            self._log = _Log()
+            for replica in self._replicas:
+                replica.caught_up = _NEVER
+        return moved
+
+    async def _watch(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(_INTERVAL)
             try:
-                await self._look()
+                await step()
             except Exception:
-                log.exception("looking at the replicas failed")
+                log.exception("looking at the servers failed")
+            await asyncio.sleep(_INTERVAL)
+
+    async def _survey(self) -> None:
+        """Find out which servers take writes, and move to a newer primary than the one that is written to."""
+        seen = await asyncio.gather(*(probe.look() for probe in self._writers))
+        names = [*self._names, *(replica.host for replica in self._replicas)]
+        self.tell_writable(names, [*seen, *(replica.seen for replica in self._replicas)])
+        with suppress(DatabaseUnavailable):  # nothing to move to
+            place = choose(self._names, seen, self._server)
+            if (server := seen[place]) is not None:
+                self.notice(server, place)
 
     async def _look(self) -> None:
         """Find out how far the primary has written and each replica has replayed."""
@@ -197,28 +218,34 @@ class ReplicatedDatabase(Database):
             self._judge(replica, now, primary)
             self._tell(replica)
 
-    async def _sample(self) -> _Seen | None:
+    async def _sample(self) -> Server | None:
         """Note how far the primary has written; forget what was noted of another primary."""
         asked = time.monotonic()
         seen = await self._primary.look()
-        if seen is None or seen.standby:
+        if seen is None:
+            self.doubt()
+        if seen is None or seen.standby or self._is_past(seen):
             # Of a primary that has become a standby the next look finds the successor, if the URL names it.
             self._primary.close()
             return None
-        if seen.started != self._log.primary:
+        if seen.identity != self._log.primary:
             if self._log.primary is not None:
                 log.warning("the primary has changed or restarted")
                 self.terminate(others=True)
                 for replica in self._replicas:
                     replica.caught_up = _NEVER
-            self._log = _Log(seen.started)
+            self._log = _Log(seen.identity)
         samples = self._log.samples
         samples.append((asked, seen.position))
         while samples[0][0] < asked - self._max_lag:
             samples.popleft()
         return seen
 
-    def _judge(self, replica: _Replica, now: _Seen | None, primary: _Seen | None) -> None:
+    def _is_past(self, seen: Server) -> bool:
+        """Whether a look was under way when the primary changed."""
+        return self._server is not None and seen.timeline < self._server.timeline
+
+    def _judge(self, replica: _Replica, now: Server | None, primary: Server | None) -> None:
         before, replica.seen = replica.seen, now
         if now is None:
             replica.caught_up = _NEVER
@@ -232,9 +259,12 @@ class ReplicatedDatabase(Database):
             replica.caught_up = _NEVER
         if not now.standby:
             # A promoted standby. If it is not the primary of the writes, there are two.
-            is_primary = now.started == self._log.primary
+            is_primary = now.identity == self._log.primary
             replica.caught_up = self._log.samples[-1][0] if is_primary and self._log.samples else _NEVER
             return
+        if primary is not None and now.control.system != primary.control.system:
+            # Another database.
+            replica.diverged = now.started
         if primary is not None and now.position > primary.position:
             # Looked at later, the primary has written less: the standby follows another history, and stays out until
             # it is rebuilt, even when this primary's log has grown past it.

@@ -1,7 +1,7 @@
 """The terms on which quotes are taken and read, and the receipt of what became of them."""
 
 from datetime import datetime, timedelta
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import msgspec
 
@@ -13,6 +13,8 @@ OnError = Literal["abort", "skip"]
 Ties = Literal["replace", "number"]
 Prices = Literal["positive", "signed"]
 Consistency = Literal["eventual", "strong"]
+#: How far ahead of the service's clock a quote may lie.
+AHEAD: Final = timedelta(seconds=60)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -44,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True):
         that: whatever is acknowledged is in the bars before its raw rows are dropped.
         """
         oldest = FIRST if retention is None else max(FIRST, now - retention + 2 * chunk)
-        return cls(oldest, now + timedelta(seconds=60), max_rows, max_days, max_bytes)
+        return cls(oldest, now + AHEAD, max_rows, max_days, max_bytes)
 
 
 class Terms(msgspec.Struct, frozen=True):

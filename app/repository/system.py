@@ -3,11 +3,14 @@
 Invariant: nothing here reads quotes, so nothing here grows with them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from app.db.capability import DETECT, Capability
-from app.db.engine import Database
+from app.db.engine import Connection, Database
+from app.db.hosts import Writable
 
 _TABLE: Final = """
 SELECT to_regclass('quotes.real_time') IS NOT NULL,
@@ -21,6 +24,20 @@ SELECT num_chunks FROM timescaledb_information.hypertables
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
 """
 _REVISION: Final = "SELECT version_num FROM alembic_version"
+_CLOCK: Final = "SELECT clock_timestamp()"
+
+
+@dataclass(frozen=True, slots=True)
+class ClockDifference:
+    """How many seconds this process's clock is ahead of the database's, give or take `within`."""
+
+    seconds: float
+    within: float
+
+    @property
+    def certain(self) -> float:
+        """The least difference that there is, without its sign."""
+        return max(0.0, abs(self.seconds) - self.within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +45,7 @@ class Observation:
     """What the server and its schema look like now.
 
     `chunks` is None where `quotes.real_time` is no hypertable; `revision` is None where nothing was migrated.
+    `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     """
 
     capability: Capability
@@ -35,13 +53,17 @@ class Observation:
     primary_key: list[str] | None
     chunks: int | None
     revision: str | None
+    clock: ClockDifference | None = None
+    host: str = ""
+    writable: tuple[Writable, ...] = ()
 
 
 class SystemRepository:
     """Looks at the store over a connection of its own, so that a busy pool never looks like a dead database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._database = database
+        self._clock = clock
 
     async def observe(self, timeout: float) -> Observation:
         """Look at the server and the schema.
@@ -51,9 +73,21 @@ class SystemRepository:
             QueryTimeout: the server took too long to answer.
         """
         async with self._database.dedicated(timeout) as connection:
+            if server := await self._database.identify(connection):
+                self._database.notice(server)
+            clock = await self._difference(connection)
             capability = Capability.of(await connection.fetchrow(DETECT) or ())
             exists, key = await connection.fetchrow(_TABLE) or (False, None)
             chunks = await connection.fetchval(_HYPERTABLE) if exists and capability.timescaledb else None
             migrated = await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL")
             revision = await connection.fetchval(_REVISION) if migrated else None
-        return Observation(capability, exists, key, chunks, revision)
+        host, writable = self._database.host, self._database.writable
+        return Observation(capability, exists, key, chunks, revision, clock, host, writable)
+
+    async def _difference(self, connection: Connection) -> ClockDifference:
+        """Compare the clocks: the server looked at its own at some moment between question and answer."""
+        asked = self._clock()
+        there: datetime = await connection.fetchval(_CLOCK)
+        answered = self._clock()
+        within = (answered - asked) / 2
+        return ClockDifference((asked + within - there).total_seconds(), abs(within.total_seconds()))

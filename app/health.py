@@ -7,7 +7,7 @@ checks behind it `skipped`, and the whole `unhealthy`.
 import asyncio
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 from app import __version__, metrics
@@ -26,6 +26,10 @@ _FRESH: Final = 1.0  # probes of several supervisors share one look
 _SLOW: Final = 1.0
 #: Seconds between the clocks of the service and of the database above which one of them is no longer kept by NTP.
 _CLOCK_OFF: Final = 5.0
+#: Time for which an error of the database's own counts.
+_REMEMBERED: Final = timedelta(minutes=1)
+#: Time that a commit may wait for its standby.
+_CONFIRMED: Final = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,9 @@ class Health:
             elif seen.clock.certain > _CLOCK_OFF:
                 status = "degraded"
                 remarks.append(f"{_clocks(seen.clock.seconds)}.")
+        if grave := _grave(seen):
+            status = "unhealthy"
+            remarks = grave + remarks
         detail = " ".join(remarks) or "Answers."
         return Check("database", status, detail, seen.capability.postgresql, round(1000 * latency, 2), difference)
 
@@ -160,6 +167,19 @@ class Health:
             detail = "TimescaleDB is there, but quotes.real_time is a plain table."
             return Check("hypertable", "degraded", detail, seen.revision)
         return Check("hypertable", "healthy", "A plain table, as the level has no hypertables.", seen.revision)
+
+
+def _grave(seen: Observation) -> list[str]:
+    """Why nothing should be stored here now, although the database answers."""
+    found = []
+    if seen.damaged is not None and seen.damaged < _REMEMBERED:
+        found.append(
+            f"It reported an error of its own {seen.damaged.total_seconds():.0f} s ago: a page or an index may be"
+            " damaged; its log names it."
+        )
+    if seen.waiting > _CONFIRMED:
+        found.append(f"A commit has waited {seen.waiting.total_seconds():.0f} s for a standby to confirm it.")
+    return found
 
 
 def _divided(seen: Observation) -> list[str]:

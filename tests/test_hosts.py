@@ -1,10 +1,9 @@
 """Several servers that take writes, real ones: which is written to, who is told, and what is lost."""
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from app.db.embedded import _Cluster
 from app.db.engine import Database
 from app.db.hosts import Control, Server, choose, name_of
 from app.db.migrate import migrate
-from app.db.replicas import ReplicatedDatabase
 from app.errors import DatabaseUnavailable
 from app.main import create_app
-from app.repository.system import SystemRepository
 from app.settings import Settings
 from tests.conftest import random_symbol, running
 from tests.test_replicas import Client, _writes, connected, crash, primary_of_its_own, standby_of, within

@@ -19,7 +19,7 @@ import pytest
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Connection, Database
-from app.db.migrate import migrate
+from app.db.migrate import head, migrate
 from app.db.transactions import Transactions
 from app.errors import (
     CommitsWaiting,
@@ -32,9 +32,12 @@ from app.errors import (
     QuotesLocked,
     WriteTimeout,
 )
+from app.health import Health
 from app.main import create_app
 from app.quote.terms import OnConflict
 from app.repository.quotes import QuoteRepository
+from app.repository.storage import StorageRepository
+from app.repository.system import SystemRepository
 from tests.conftest import Lane, patiently, random_symbol, running
 
 NOW: Final = datetime.now(UTC).replace(microsecond=0)
@@ -85,7 +88,7 @@ async def test_a_commit_that_is_not_confirmed_has_an_unknown_outcome(alone: str)
     """Nothing cancels it: PostgreSQL would then call it done, on a disk that may be lost with its quotes."""
     lane = Lane("postgresql", alone, "")
     symbols = [random_symbol() for _ in range(6)]
-    async with repository(lane, alone, commit_timeout="300 ms") as (quotes, _):
+    async with repository(lane, alone, commit_timeout="300 ms") as (quotes, database):
         async with without_its_standby(alone) as admin:
             outcomes: list[type[Exception]] = []
             for symbol in symbols:
@@ -97,6 +100,14 @@ async def test_a_commit_that_is_not_confirmed_has_an_unknown_outcome(alone: str)
             assert outcomes == [OutcomeUnknown] * 4 + [CommitsWaiting] * 2
             waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
             assert await admin.fetchval(waiting) == 4, "neither cancelled nor more than these"
+            health = Health(SystemRepository(database), lane.make_settings(), head())
+
+            async def told() -> bool:
+                database_check = (await health.report()).checks[0]
+                return database_check.status == "unhealthy" and "for a standby" in database_check.detail
+
+            await until(told)
+            await until(lambda: shown(database, 4))
 
         async def written() -> bool:
             with suppress(CommitsWaiting):
@@ -124,6 +135,10 @@ async def test_whoever_cancels_a_commit_learns_that_its_outcome_is_unknown(alone
             return await quotes.count_quotes(symbol) == 3
 
         await until(stored)
+
+
+async def shown(database: Database, waiting: int) -> bool:
+    return (await StorageRepository(database).look()).commits_waiting == waiting
 
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
@@ -273,13 +288,16 @@ async def test_what_the_database_refuses_is_called_by_its_kind(
         CREATE TRIGGER refuse BEFORE INSERT ON quotes.real_time FOR EACH ROW
         WHEN (new.symbol = '{symbol}') EXECUTE FUNCTION refuse()""")
     try:
-        async with repository(lane, alone) as (quotes, _):
+        async with repository(lane, alone) as (quotes, database):
             with pytest.raises(expected) as caught:
                 await quotes.bulk_insert(rows(symbol))
             assert type(caught.value) is expected
             assert caught.value.status == 503
             assert (caught.value.retry_after is not None) == retried
             assert "client" not in caught.value.detail
+            report = await Health(SystemRepository(database), lane.make_settings(), head()).report()
+            assert (report.status == "unhealthy") == state.startswith("XX")
+            assert ("an error of its own" in report.checks[0].detail) == state.startswith("XX")
             assert (await quotes.bulk_insert(rows(random_symbol()))).inserted == 3
     finally:
         await admin.execute("DROP FUNCTION refuse CASCADE")

@@ -142,10 +142,12 @@ class Database:
 
     Attributes:
         capability: what the server can do, known after `connect()`.
+        damaged: when the server last reported an error of its own, in `time.monotonic()`.
         writable: the servers that took writes when the hosts were last looked at, of several hosts.
     """
 
     capability: Capability
+    damaged: float = -math.inf
     writable: tuple[hosts.Writable, ...] = ()
 
     def __init__(self, url: str, settings: Settings, role: metrics.Role = "primary") -> None:
@@ -337,6 +339,15 @@ class Database:
             return await hosts.look(connection)
         return None
 
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            with translated():
+                yield
+        except DatabaseDamaged:
+            self.damaged = time.monotonic()
+            raise
+
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:
         """A pooled connection.
@@ -345,7 +356,7 @@ class Database:
             DatabaseUnavailable: no connection, or it broke.
             QueryTimeout: a statement ran over its time.
         """
-        with translated():
+        with self._translated():
             asked = time.perf_counter()
             async with self.engine.connect() as pooled:
                 self._wait.observe(time.perf_counter() - asked)
@@ -414,7 +425,7 @@ class Database:
             DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
             QueryTimeout: a statement ran over its time.
         """
-        with translated():
+        with self._translated():
             driver = await self.open(timeout, statement_timeout)
             try:
                 yield driver

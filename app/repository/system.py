@@ -3,9 +3,11 @@
 Invariant: nothing here reads quotes, so nothing here grows with them.
 """
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from app.db.capability import DETECT, Capability
@@ -25,6 +27,11 @@ WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
 """
 _REVISION: Final = "SELECT version_num FROM alembic_version"
 _CLOCK: Final = "SELECT clock_timestamp()"
+#: How long the oldest commit of this role waits for a standby.
+_WAITING: Final = """
+SELECT coalesce(max(clock_timestamp() - query_start), interval '0') FROM pg_stat_activity
+WHERE wait_event = 'SyncRep' AND datname = current_database()
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class Observation:
 
     `chunks` is None where `quotes.real_time` is no hypertable; `revision` is None where nothing was migrated.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
+    `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
+    own.
     """
 
     capability: Capability
@@ -56,6 +65,8 @@ class Observation:
     clock: ClockDifference | None = None
     host: str = ""
     writable: tuple[Writable, ...] = ()
+    waiting: timedelta = timedelta(0)
+    damaged: timedelta | None = None
 
 
 class SystemRepository:
@@ -81,8 +92,11 @@ class SystemRepository:
             chunks = await connection.fetchval(_HYPERTABLE) if exists and capability.timescaledb else None
             migrated = await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL")
             revision = await connection.fetchval(_REVISION) if migrated else None
+            waiting = await connection.fetchval(_WAITING)
+        since = time.monotonic() - self._database.damaged
+        damaged = timedelta(seconds=since) if math.isfinite(since) else None
         host, writable = self._database.host, self._database.writable
-        return Observation(capability, exists, key, chunks, revision, clock, host, writable)
+        return Observation(capability, exists, key, chunks, revision, clock, host, writable, waiting, damaged)
 
     async def _difference(self, connection: Connection) -> ClockDifference:
         """Compare the clocks: the server looked at its own at some moment between question and answer."""

@@ -373,7 +373,7 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
                 pair.standby.run("pg_ctl", "promote", "--wait")
                 await within(10, lambda: _writes(client, 3))
                 assert time.monotonic() - hung < 10
-                assert await waiting == 503
+                assert await waiting in {200, 503}, "it shares a transaction with the next one, or not"
                 assert await client.price("strong") == 3
                 await within(5, lambda: _is(client, 3))
             finally:

@@ -170,6 +170,26 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time(alone: str) -> 
             os.kill(stopped[0], signal.SIGCONT)
 
 
+async def test_a_read_of_a_server_that_does_not_answer_is_given_up_in_time(alone: str) -> None:
+    lane = Lane("postgresql", alone, "")
+    stopped: list[int] = []
+    async with repository(lane, alone, statement_timeout="300 ms", pool_size=1, pool_overflow=0) as (quotes, database):
+
+        async def stop_and_ask(connection: Connection) -> None:
+            stopped.append(connection.get_server_pid())
+            os.kill(stopped[0], signal.SIGSTOP)
+            await connection.fetchval("SELECT 1")
+
+        asked = time.monotonic()
+        try:
+            with pytest.raises(QueryTimeout):
+                await database.read(stop_and_ask)
+            assert time.monotonic() - asked < SOON
+            assert await quotes.get_latest_quote(random_symbol()) is None, "on another connection"
+        finally:
+            os.kill(stopped[0], signal.SIGCONT)
+
+
 @pytest.mark.concurrent
 async def test_a_write_runs_no_longer_than_it_may(lane: Lane, database: Database) -> None:
     transactions = Transactions(database, timedelta(seconds=5))

@@ -48,6 +48,8 @@ Connection: TypeAlias = hosts.Connection
 T = TypeVar("T")
 #: A read: it may run a second time, on another connection, so it has no effect but its result.
 Work: TypeAlias = Callable[[Connection], Awaitable[T]]
+#: The server ends a read that runs over its time by itself; one that says nothing for this much longer hangs.
+_SILENCE: Final = 0.5
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
 _RENEW_INTERVAL: Final = 1.0
 #: What the driver raises when it cannot speak to a server, or not any longer.
@@ -407,13 +409,29 @@ class Database:
         try:
             async with self.acquire() as connection:
                 began = True
-                return await work(connection)
+                return await self.timed(connection, work)
         except DatabaseUnavailable as error:
             # A pooled connection may have died with its server since it was last used; the next one is new.
             if not began or error.__cause__ is None or not connection_lost(error.__cause__):
                 raise
         async with self.acquire() as connection:
-            return await work(connection)
+            return await self.timed(connection, work)
+
+    async def timed(self, connection: Connection, work: Work[T]) -> T:
+        """What `work` reads within `statement_timeout`, in all of its statements; a server may also say nothing.
+
+        Raises:
+            QueryTimeout: it took longer.
+        """
+        try:
+            async with asyncio.timeout(self._settings.statement_timeout.total_seconds() + _SILENCE):
+                return await work(connection)
+        except TimeoutError:
+            # To cancel would be to ask a server that may not answer.
+            connection.terminate()
+            raise QueryTimeout(
+                "The database did not answer in time; ask for a shorter range or fewer symbols."
+            ) from None
 
     @asynccontextmanager
     async def dedicated(

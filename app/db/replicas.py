@@ -158,7 +158,7 @@ class ReplicatedDatabase(Database):
         try:
             async with replica.database.acquire() as connection:
                 began = time.monotonic()
-                return await work(connection)
+                return await replica.database.timed(connection, work)
         except QueryTimeout:
             # A statement that was cancelled before its time was in somebody's way.
             if time.monotonic() - began >= self._statement_time:

@@ -373,9 +373,12 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
                 pair.standby.run("pg_ctl", "promote", "--wait")
                 await within(10, lambda: _writes(client, 3))
                 assert time.monotonic() - hung < 10
-                assert await waiting in {200, 503}, "it shares a transaction with the next one, or not"
-                assert await client.price("strong") == 3
-                await within(5, lambda: _is(client, 3))
+                # Refused, or if it shared a transaction with a later one, tried again with it: they were under way at
+                # once, and either may come last.
+                last = 3 if await waiting == 503 else await client.price("strong")
+                assert last in {2, 3}
+                assert await client.price("strong") == last
+                await within(5, lambda: _is(client, last))
             finally:
                 for pid in frozen:
                     with suppress(ProcessLookupError):

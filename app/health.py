@@ -62,6 +62,7 @@ class Report:
 
     checks: tuple[Check, ...]
     level: str | None
+    store: str | None
     timestamp: datetime
 
     @property
@@ -75,6 +76,7 @@ class Report:
         return {
             "overall_status": self.status,
             "level": self.level,
+            "store": self.store,
             "version": __version__,
             "timestamp": rfc3339(self.timestamp),
             "checks": {check.name: check.to_dict() for check in self.checks},
@@ -101,7 +103,7 @@ class Health:
 
     async def _look(self) -> Report:
         began = time.perf_counter()
-        level = None
+        level = store = None
         try:
             async with asyncio.timeout(2 * _TIMEOUT):
                 seen = await self._system.observe(_TIMEOUT)
@@ -114,12 +116,12 @@ class Health:
             )
         else:
             latency = time.perf_counter() - began
-            level = str(seen.capability.level)
+            level, store = str(seen.capability.level), seen.store
             checks = (self._database(seen, latency), self._timescaledb(seen), self._hypertable(seen))
             metrics.BUILD_INFO.labels(__version__, level).set(1)
         for check in checks:
             metrics.HEALTH_UP.labels(check.name).set(check.status != "unhealthy")
-        return Report(checks, level, datetime.now(UTC))
+        return Report(checks, level, store, datetime.now(UTC))
 
     def _database(self, seen: Observation, latency: float) -> Check:
         remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []

@@ -1,18 +1,23 @@
 """The verdicts of the three checks, for every state that a store can be in."""
 
 import asyncio
+import contextlib
 import dataclasses
+import re
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from prometheus_client import REGISTRY
 
 from app.db.capability import Capability
+from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.hosts import Writable
-from app.db.migrate import head
+from app.db.migrate import head, migrate
 from app.errors import DatabaseUnavailable, QueryTimeout
 from app.health import Health, Report
 from app.main import create_app
@@ -76,6 +81,58 @@ async def test_verdicts(
     assert report.status == overall
     assert report.to_dict()["overall_status"] == overall
     assert all(check.detail for check in report.checks)
+
+
+async def test_a_store_is_told_from_others(empty_url: str, lane: Lane) -> None:
+    settings = lane.make_settings(database_url=empty_url)
+
+    async def store() -> str | None:
+        async with contextlib.AsyncExitStack() as stack:
+            database = Database(empty_url, settings)
+            await database.connect()
+            stack.push_async_callback(database.close)
+            report = await Health(SystemRepository(database), settings, "r4").report()
+            assert report.to_dict()["store"] == report.store
+            return report.store
+
+    assert await store() is None, "nothing is stored without a table"
+    await migrate(empty_url, settings)
+    first = await store()
+    assert first == await store()
+    assert re.fullmatch("[0-9a-f]{16}", first or "")
+    connection = await asyncpg.connect(empty_url)
+    try:
+        await connection.execute("DROP SCHEMA quotes CASCADE; DROP TABLE alembic_version")
+    finally:
+        await connection.close()
+    await migrate(empty_url, settings)
+    assert await store() not in {first, None}, "a table that was made again has lost its quotes"
+
+
+async def test_a_store_that_was_promoted_is_another(shared_dir: Path) -> None:
+    """As after a failover or a recovery to a point in time, quotes that were acknowledged may not be there."""
+    data_dir = shared_dir / "promoted"
+
+    async def store(url: str) -> str | None:
+        settings = Settings(_env_file=None, database_url=url, require_timescaledb="none")
+        database = Database(url, settings)
+        try:
+            return (await Health(SystemRepository(database), settings, "r4").report()).store
+        finally:
+            await database.close()
+
+    async with embedded_postgres(data_dir) as url:
+        await migrate(url, Settings(_env_file=None, database_url=url, require_timescaledb="none"))
+        first = await store(url)
+    async with embedded_postgres(data_dir) as url:
+        assert await store(url) == first is not None
+    (data_dir / "pgdata" / "standby.signal").touch()
+    async with embedded_postgres(data_dir) as url:
+        assert await store(url) is None
+        connection = await asyncpg.connect(url)
+        assert await connection.fetchval("SELECT pg_promote()")
+        await connection.close()
+        assert await store(url) not in {first, None}
 
 
 async def test_many_probes_share_one_look() -> None:

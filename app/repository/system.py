@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from app.db import hosts
 from app.db.capability import DETECT, Capability
 from app.db.engine import Connection, Database
 from app.db.hosts import Writable
@@ -24,6 +25,13 @@ SELECT to_regclass('quotes.real_time') IS NOT NULL,
 _HYPERTABLE: Final = """
 SELECT num_chunks FROM timescaledb_information.hypertables
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
+"""
+# A logical restore makes new identifiers, a recovery to a point in time and a failover a new timeline.
+_STORE: Final = """
+SELECT left(encode(sha256(convert_to(concat_ws('.', $1::text, left(pg_walfile_name(pg_current_wal_lsn()), 8),
+           (SELECT oid FROM pg_database WHERE datname = current_database()),
+           to_regclass('quotes.real_time')::oid), 'UTF8')), 'hex'), 16)
+WHERE NOT pg_is_in_recovery()
 """
 _REVISION: Final = "SELECT version_num FROM alembic_version"
 _CLOCK: Final = "SELECT clock_timestamp()"
@@ -54,7 +62,8 @@ class Observation:
     `chunks` is None where `quotes.real_time` is no hypertable; `revision` is None where nothing was migrated.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
-    own.
+    own. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or on a
+    standby.
     """
 
     capability: Capability
@@ -67,6 +76,7 @@ class Observation:
     writable: tuple[Writable, ...] = ()
     waiting: timedelta = timedelta(0)
     damaged: timedelta | None = None
+    store: str | None = None
 
 
 class SystemRepository:
@@ -93,10 +103,12 @@ class SystemRepository:
             migrated = await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL")
             revision = await connection.fetchval(_REVISION) if migrated else None
             waiting = await connection.fetchval(_WAITING)
+            identifier = (await hosts.control(connection)).system
+            store = await connection.fetchval(_STORE, str(identifier)) if exists else None
         since = time.monotonic() - self._database.damaged
         damaged = timedelta(seconds=since) if math.isfinite(since) else None
         host, writable = self._database.host, self._database.writable
-        return Observation(capability, exists, key, chunks, revision, clock, host, writable, waiting, damaged)
+        return Observation(capability, exists, key, chunks, revision, clock, host, writable, waiting, damaged, store)
 
     async def _difference(self, connection: Connection) -> ClockDifference:
         """Compare the clocks: the server looked at its own at some moment between question and answer."""

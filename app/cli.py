@@ -34,6 +34,7 @@ from app.db import migrate as schema
 from app.db.engine import Database
 from app.errors import QuotesError
 from app.health import Health, Report
+from app.lines import Encoding
 from app.maintain import DataDir, Json
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
@@ -225,6 +226,7 @@ def load(
     file_format: Annotated[
         loading.FileFormat | None, typer.Option("--format", help="Format, if the name does not tell.")
     ] = None,
+    encoding: Annotated[Encoding, typer.Option(help="Encoding of text without a byte order mark.")] = "utf-8",
     symbol: Annotated[str | None, typer.Option(help="Symbol of files without such a column.")] = None,
     tz: Annotated[str | None, typer.Option(help="IANA zone of times without an offset.")] = None,
     on_conflict: Annotated[OnConflict, typer.Option(help="What to do with keys that are stored.")] = "update",
@@ -255,6 +257,7 @@ def load(
                 files=files,
                 url=url,
                 format=file_format,
+                encoding=encoding,
                 symbol=symbol,
                 tz=tz,
                 on_conflict=on_conflict,

@@ -2,7 +2,7 @@
 
 Invariant: `Client.send` returns the receipt of a committed request, or raises. What may pass (no connection, 503) is
 tried again until `patience` is used up; that is harmless, because a stored quote that is sent again is `unchanged`,
-and `exact` requests carry an idempotency key, so that even their receipt is that of the first time.
+and a request with an idempotency key gets even the receipt of the first time.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ import signal
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
-from uuid import uuid4
 
 import httpx
 import msgspec
@@ -69,6 +69,12 @@ class Totals(msgspec.Struct):
         self.rejected += len(receipt.rejected)
 
 
+class _Health(msgspec.Struct):
+    """A report of health, which an unhealthy service gives too; its store is null while it cannot be seen."""
+
+    store: str | None
+
+
 class Client:
     """A connection to the service; an async context manager.
 
@@ -120,44 +126,72 @@ class Client:
         on_conflict: OnConflict = "update",
         on_error: OnError = "abort",
         prices: Prices | None = None,
-        exact: bool = False,
+        key: str | None = None,
     ) -> Receipt:
         """Post quotes, each a line of JSON, as one request.
 
-        With `exact` the receipt is right even if the request is sent again because its answer was lost; without,
-        the quotes of the first time would count as `unchanged`, or be refused under `on_conflict="error"`.
+        With an idempotency `key` the receipt is right even if the request is sent again because its answer was lost;
+        without, the quotes of the first time would count as `unchanged`, or be refused under `on_conflict="error"`.
 
         Raises:
             Unavailable: the service was away for longer than `patience`.
             Refused: it refused the request.
         """
         headers = {"Content-Type": "application/x-ndjson"}
-        if exact:
-            headers["Idempotency-Key"] = f'"{uuid4()}"'
+        if key is not None:
+            headers["Idempotency-Key"] = f'"{key}"'
         given = {"on_conflict": on_conflict, "on_error": on_error, "prices": prices}
         request = {name: value for name, value in given.items() if value is not None}
         body = b"\n".join(lines)
+        post = partial(self._http.post, "/v1/quotes", params=request, content=body, headers=headers)
+        response = await self._patiently(post, lambda response: response.is_success, "taken the quotes")
+        try:
+            return msgspec.json.decode(response.content, type=Receipt)
+        except msgspec.MsgspecError as error:
+            raise Refused(f"{self.url} answered without a receipt; is it the quote service?") from error
+
+    async def store(self) -> str:
+        """What tells the service's store apart from others, whichever way it is reached.
+
+        Raises:
+            Unavailable: the service was away, or could not see its store, for longer than `patience`.
+            Refused: it does not say.
+        """
+        get = partial(self._http.get, "/health")
+        response = await self._patiently(get, _tells_store, "said which store it has")
+        try:
+            return msgspec.json.decode(response.content, type=_Health).store or ""
+        except msgspec.MsgspecError as error:
+            raise Refused(f"{self.url} does not say which store it has; is it the quote service?") from error
+
+    async def _patiently(
+        self,
+        request: Callable[[], Awaitable[httpx.Response]],
+        answers: Callable[[httpx.Response], bool],
+        what: str,
+    ) -> httpx.Response:
+        """Send a request until it is answered; what may pass is tried again."""
         started, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             attempted = time.monotonic()
             try:
-                response = await self._http.post("/v1/quotes", params=request, content=body, headers=headers)
+                response = await request()
             except httpx.TransportError as error:
                 reason, asked = _reason(error), 0.0
             else:
-                if response.is_success:
+                if answers(response):
                     self._waiting = False
-                    return self._receipt(response)
+                    return response
                 reason, asked = _problem(response), _retry_after(response)
                 # A conflict that passes: the request that this one repeats is still being worked on.
                 in_flight = response.status_code == HTTPStatus.CONFLICT and asked
-                if response.status_code not in _PASSING and not in_flight:
-                    raise Refused(f"{self.url} refused the quotes: {reason}")
+                if not response.is_success and response.status_code not in _PASSING and not in_flight:
+                    raise Refused(f"{self.url} has not {what}: {reason}")
             if pause == _FIRST_PAUSE:
                 started = attempted
             delay = max(pause, asked)
             if time.monotonic() + delay - started > self._patience:
-                raise Unavailable(f"{self.url} has not taken the quotes for {self._patience:g} seconds: {reason}")
+                raise Unavailable(f"{self.url} has not {what} for {self._patience:g} seconds: {reason}")
             if not self._waiting and self._on_wait is not None:
                 self._on_wait(f"Waiting for {self.url}: {reason}")
             self._waiting = True
@@ -165,11 +199,13 @@ class Client:
             await asyncio.sleep(delay)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _receipt(self, response: httpx.Response) -> Receipt:
-        try:
-            return msgspec.json.decode(response.content, type=Receipt)
-        except msgspec.MsgspecError as error:
-            raise Refused(f"{self.url} answered without a receipt; is it the quote service?") from error
+
+def _tells_store(response: httpx.Response) -> bool:
+    """Whether a report of health names the store, or a success is no such report."""
+    try:
+        return msgspec.json.decode(response.content, type=_Health).store is not None
+    except msgspec.MsgspecError:
+        return response.is_success
 
 
 def _reason(error: httpx.TransportError) -> str:

@@ -1,8 +1,9 @@
 """Loads CSV, NDJSON and Parquet files into a running service, in batches, resumable and with bounded memory.
 
-Invariant: the state file counts a prefix of the file whose rows are all committed or listed in the reject file. It is
-replaced after each batch, in file order, so a run that was cut off at any point continues without loss. Numbers of
-text files stay text until the service reads them, so prices arrive exactly as written. With ties numbered, what is
+Invariant: a file is loaded when each of its rows was counted by a receipt or is listed in the reject file, and the
+file is still what it was when the first row was read. `journal` keeps how far it came, so a run that was cut off at any
+point continues without loss, and its requests get the receipts they had. Numbers of text files stay text until
+the service reads them, so prices arrive exactly as written. With ties numbered, what is
 stored is the file's rows in the order of their time, each on a key of its own: where batches are cut makes no
 difference, nor whether the file runs from the oldest row or from the newest. For that it is read once before any of it
 is sent, and once more where the rows of a symbol run in neither order; those take some memory, a few bytes each.
@@ -12,13 +13,14 @@ import asyncio
 import csv
 import gzip
 import hashlib
-import io
 import os
 import re
+import stat
 import sys
 import time
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from datetime import time as clock_time
 from functools import lru_cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import IO, Any, Final, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -43,6 +45,8 @@ from rich.table import Table
 from app.client import DEFAULT_URL, Client, Refused, Totals, Unavailable, in_order, until_interrupted
 from app.clock import EPOCH, FIRST, LAST, UNITS, Nanoseconds, NotAnInstant, nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
+from app.journal import Journal, Range, State, Unwritable, held
+from app.lines import MAX_LINE, Encoding, Line, Unreadable, lines
 from app.quote.fields import FIELDS, NAMES, NUMBERS, PRICES, TEXTS
 from app.quote.rules import normal, normal_symbol
 from app.quote.terms import OnConflict, Prices, Receipt, Ties
@@ -52,13 +56,16 @@ Status = Literal["loaded", "already loaded", "interrupted", "failed"]
 
 MAX_ROWS: Final = 100_000
 MAX_DAYS: Final = 366
+#: The members of a line of a reject file, which is loaded as the quote within it.
+_REJECTION: Final = frozenset({"row", "code", "detail", "quote"})
 MAX_BYTES: Final = 48 * 1024 * 1024
-_HEAD_BYTES: Final = 64 * 1024
+_ENDS: Final = 64 * 1024  # bytes at both ends of a file by which it is known
 _COMPACT_DATE: Final = len("20260131")
 _LONG_DATE: Final = len("2026-01-31")
 _DAY: Final = 86_400 * UNITS["s"]
 #: The digits of a fraction beyond the microseconds, which `datetime` does not keep.
 _FINER: Final = re.compile(r"(?<=[.,][0-9]{6})[0-9]+")
+_TOO_LONG: Final = ("row-too-long", f"A line has at most {MAX_LINE:,} characters.")
 _NO_YEAR: Final = ("timestamp-invalid", "The timestamp lies outside the years 1 to 9999.")
 #: Instants that can be stored; others are refused by the service, and take nobody's number.
 _FIRST: Final = nanoseconds(FIRST)
@@ -90,13 +97,14 @@ class LoadOptions:
     out. `symbol` is for files without such a column (default: the file's name). `tz` is the zone of times without an
     offset, which are refused without it. With `ties="number"` rows of one symbol and instant are all kept, each later
     one on the next free nanosecond; a file that runs backwards is numbered as if it ran forward, and each file by
-    itself. With `replace` the last one of the file is kept. `prices` is that of the service unless it is given. `state`
-    and `rejects` default to files beside the loaded one.
+    itself. With `replace` the last one of the file is kept. `prices` is that of the service unless it is given.
+    `encoding` is that of text without a byte order mark. `state` and `rejects` default to files beside the loaded one.
     """
 
     files: Sequence[Path]
     url: str = DEFAULT_URL
     format: FileFormat | None = None
+    encoding: Encoding = "utf-8"
     symbol: str | None = None
     tz: str | None = None
     on_conflict: OnConflict = "update"
@@ -127,23 +135,12 @@ class FileReport(msgspec.Struct):
 
 
 class LoadReport(msgspec.Struct):
-    """What became of each file. `rejected` and `failed` leave out files that an earlier run had finished."""
+    """What became of each file. `rejected` counts also the rows that earlier runs left in reject files."""
 
     files: list[FileReport] = []
     rejected: int = 0
     failed: int = 0
     interrupted: bool = False
-
-
-class _State(msgspec.Struct):
-    """The state file: which file, read in which way, and how far."""
-
-    fingerprint: dict[str, int | str]
-    meaning: dict[str, Any]
-    rows: int = 0
-    rejects_bytes: int = 0
-    complete: bool = False
-    totals: Totals = msgspec.field(default_factory=Totals)
 
 
 class _Fault(Exception):
@@ -153,10 +150,6 @@ class _Fault(Exception):
         super().__init__(detail)
         self.code = code
         self.detail = detail
-
-
-class _Unreadable(Exception):
-    """A file that cannot be loaded, or not further; the message is for people."""
 
 
 def column_map(pairs: Iterable[str]) -> dict[str, str]:
@@ -181,7 +174,7 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: 
     A first column without a name is the timestamp if nothing else is.
 
     Raises:
-        _Unreadable: `strict`, and a named column does not exist, or the timestamp or every price has no column.
+        Unreadable: `strict`, and a named column does not exist, or the timestamp or every price has no column.
     """
     folded = [name.strip().lower() for name in names]
     found: dict[str, int] = {}
@@ -191,7 +184,7 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: 
         elif column.lower() in folded:
             found[name] = folded.index(column.lower())
         elif column and strict:
-            raise _Unreadable(f"there is no column {column!r}; the columns are {', '.join(map(repr, names))}")
+            raise Unreadable(f"there is no column {column!r}; the columns are {', '.join(map(repr, names))}")
     taken = set(found.values())
     for name, aliases in _ALIASES.items():
         positions = (folded.index(alias) for alias in aliases if alias in folded)
@@ -201,7 +194,7 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], *, strict: 
         found["timestamp"] = 0
     if strict and ("timestamp" not in found or found.keys().isdisjoint(PRICES)):
         missing = "price" if "timestamp" in found else "timestamp"
-        raise _Unreadable(
+        raise Unreadable(
             f"no column is known as {missing}; name it with --map {missing}=COLUMN, of {', '.join(map(repr, names))}"
         )
     return {name: found[name] for name in NAMES if name in found}
@@ -223,6 +216,10 @@ class Converter:
         """
         symbol = row.get("symbol") or self._symbol
         return symbol.strip() if isinstance(symbol, str) else symbol, self._instant(row.get("timestamp"))
+
+    def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with the symbol that it would get from here, so that it can be loaded by itself."""
+        return row if self._symbol is None else {"symbol": self._symbol, **row}
 
     def quote(self, row: Mapping[str, Any], symbol: Any, instant: int) -> dict[str, Any]:
         """The quote at a place, as the service reads it.
@@ -346,39 +343,107 @@ class _Source:
     ignored: set[str]
 
 
-def _open(path: Path, kind: FileFormat, columns: Mapping[str, str], stack: ExitStack) -> _Source:
-    raw = stack.enter_context(path.open("rb"))
+def _open_file(path: Path, stack: ExitStack) -> IO[bytes]:
+    """Open a file that can be read more than once."""
+    kind = path.stat().st_mode
+    if stat.S_ISDIR(kind):
+        raise Unreadable("it is a directory, not a file")
+    if not stat.S_ISREG(kind) or path.absolute().parent in {Path("/dev"), Path("/dev/fd")}:
+        raise Unreadable("it is no regular file, and a load reads a file more than once; save it as one first")
+    return stack.enter_context(path.open("rb"))
+
+
+def _fingerprint(file: IO[bytes]) -> dict[str, int | str]:
+    """What tells a file from what it was: its size, when it was last changed, and both its ends."""
+    status = os.fstat(file.fileno())
+    ends = (os.pread(file.fileno(), _ENDS, max(0, at)) for at in (0, status.st_size - _ENDS))
+    head, tail = (hashlib.sha256(end).hexdigest() for end in ends)
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "head": head, "tail": tail}
+
+
+def _check_unchanged(path: Path, file: IO[bytes], fingerprint: Mapping[str, int | str]) -> None:
+    """See that what was read is what is there.
+
+    Raises:
+        Unreadable: the file has changed, or another one has taken its place.
+    """
+    with suppress(FileNotFoundError):
+        if _fingerprint(file) == fingerprint and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return
+    raise Unreadable("the file has changed while it was read; when nobody writes it, the same command loads it")
+
+
+def _open(file: IO[bytes], path: Path, kind: FileFormat, options: LoadOptions, stack: ExitStack) -> _Source:
+    """Read an open file from its beginning."""
+    file.seek(0)
     if kind == "parquet":
-        return _open_parquet(stack.enter_context(pq.ParquetFile(raw)), columns)
-    size = path.stat().st_size
-    stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
-    if kind == "ndjson":
-        return _open_ndjson(stream, raw.tell, size, columns)
-    # A foreign byte in a column that is ignored does no harm, and the service refuses it in a symbol.
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-    stack.callback(text.detach)
-    return _open_csv(text, raw.tell, size, columns)
+        return _open_parquet(stack.enter_context(pq.ParquetFile(file)), options.columns)
+    size = os.fstat(file.fileno()).st_size
+    stream: IO[bytes] | gzip.GzipFile = file
+    if path.suffix.lower() == ".gz":
+        if not size:  # the library takes no member at all for an empty file
+            raise Unreadable("it is empty, and no gzip file")
+        stream = stack.enter_context(gzip.GzipFile(fileobj=file))
+    read = _open_ndjson if kind == "ndjson" else _open_csv
+    of_file = lines(stream, options.encoding)
+    stack.callback(of_file.close)
+    return read(of_file, file.tell, size, options.columns)
 
 
-def _open_csv(text: io.TextIOWrapper, tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
-    header = text.readline()
-    if not header.strip():
-        raise _Unreadable("the first line, which names the columns, is empty")
-    delimiter = max(",;\t|", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter))
+def _open_csv(of_file: Iterator[Line], tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
+    header = next(of_file, None)
+    if header is None or not header.text.strip():
+        raise Unreadable("the first line, which names the columns, is empty")
+    if "\0" in header.text:
+        raise Unreadable("the first line has NUL characters; if it is UTF-16, --encoding utf-16 says so")
+    if why := header.foreign(header.text):
+        raise Unreadable(why)
+    delimiter = max(",;\t|", key=header.text.count)
+    try:
+        names = _cells(header, delimiter)
+    except _Fault as fault:
+        raise Unreadable(f"line 1 names no columns: {fault.detail}") from None
     picked = match_columns(names, columns)
+    places = list(picked.items())
 
-    def shape(cells: list[str]) -> Mapping[str, Any]:
+    def shape(line: Line) -> Mapping[str, Any]:
+        cells = _cells(line, delimiter)
         if len(cells) != len(names):
             raise _Fault("row-ragged", f"The row has {len(cells)} cells, the header {len(names)}.")
-        return {name: cells[position] for name, position in picked.items()}
+        row = {name: cells[position] for name, position in places}
+        if not line.text.isascii():  # a foreign byte in a column that is ignored does no harm
+            for cell in row.values():
+                _check_text(line, cell)
+        return row
 
     ignored = {name for position, name in enumerate(names) if position not in picked.values()}
-    rows = (cells for cells in csv.reader(text, delimiter=delimiter) if cells)
+    rows = (line for line in of_file if line.text)
     return _Source(rows, shape, size, tell, list(picked), ignored)
 
 
-def _open_ndjson(stream: Iterable[bytes], tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
+def _cells(line: Line, delimiter: str) -> list[str]:
+    """The cells of a line. A cell ends where its line ends at the latest, else a stray quote would take rows with it.
+
+    Raises:
+        _Fault: the line is not as RFC 4180 has it.
+    """
+    if line.cut:
+        raise _Fault(*_TOO_LONG)
+    if '"' not in line.text:
+        return line.text.split(delimiter)
+    try:
+        return next(csv.reader((line.text,), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        rule = "A quote within a quoted cell is doubled, and a cell ends on the line where it begins"
+        raise _Fault("row-misquoted", f"{rule}: {error}.") from None
+
+
+def _check_text(line: Line, part: str) -> None:
+    if why := line.foreign(part):
+        raise _Fault("not-unicode", why)
+
+
+def _open_ndjson(of_file: Iterator[Line], tell: Callable[[], int], size: int, columns: Mapping[str, str]) -> _Source:
     decode = msgspec.json.Decoder(float_hook=str).decode
     ignored: set[str] = set()
 
@@ -388,27 +453,38 @@ def _open_ndjson(stream: Iterable[bytes], tell: Callable[[], int], size: int, co
         ignored.update(name for position, name in enumerate(names) if position not in positions.values())
         return [(name, names[position]) for name, position in positions.items()]
 
-    def shape(line: bytes) -> Mapping[str, Any]:
+    def shape(line: Line) -> Mapping[str, Any]:
+        if line.cut:
+            raise _Fault(*_TOO_LONG)
+        text = line.text
+        if not text.isascii():
+            _check_text(line, text)
         try:
-            row = decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            row = decode(text)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
             raise _Fault("malformed-line", "The line is no JSON.") from None
         if not isinstance(row, dict):
             raise _Fault("not-an-object", "A quote is an object.")
+        if row.keys() >= _REJECTION and isinstance(row["quote"], dict):
+            row = row["quote"]
         return {name: row[column] for name, column in picked(tuple(row))}
 
-    lines = (line for line in stream if line.strip())
-    head = list(islice(lines, 1))
+    rows = (line for line in of_file if line.text.strip())
+    head = list(islice(rows, 1))
     try:
         fields = list(shape(head[0])) if head else []
     except _Fault:
         fields = []
-    return _Source(chain(head, lines), shape, size, tell, fields, ignored)
+    return _Source(chain(head, rows), shape, size, tell, fields, ignored)
 
 
 def _open_parquet(file: Any, columns: Mapping[str, str]) -> _Source:
     names = list(file.schema_arrow.names)
     picked = match_columns(names, columns)
+    for name in (names[position] for position in picked.values()):
+        kind = file.schema_arrow.field(name).type
+        if any(is_bytes(kind) for is_bytes in _BYTES):
+            raise Unreadable(f"the column {name!r} is of bytes, not of text")
     read = 0
 
     def rows() -> Iterator[tuple[Any, ...]]:
@@ -423,6 +499,10 @@ def _open_parquet(file: Any, columns: Mapping[str, str]) -> _Source:
 
     ignored = {name for position, name in enumerate(names) if position not in picked.values()}
     return _Source(rows(), shape, file.metadata.num_rows, lambda: read, list(picked), ignored)
+
+
+#: Bytes would be sent as base64, of which some is a symbol.
+_BYTES: Final = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
 
 def _values(column: Any) -> list[Any]:
@@ -598,14 +678,17 @@ def _name(symbol: Any) -> str:
 
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive rows of the file up to row `end`: the lines to send, the row of each, and what was refused here.
+    """Consecutive rows of the file after row `start`, up to row `end`: the quotes to send, and what was refused here.
 
-    `numbered` has the positions of the lines whose instant was moved.
+    `rows` and `places` have the row and the line of the file of each quote, `numbered` the positions of those whose
+    instant was moved.
     """
 
+    start: int = 0
     end: int = 0
     position: int = 0
     rows: list[int] = field(default_factory=list)
+    places: list[int | None] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
     refused: list[tuple[int, bytes]] = field(default_factory=list)
     days: set[int] = field(default_factory=set)
@@ -618,9 +701,10 @@ class Chunk:
         known_day = len(self.days) < MAX_DAYS or instant // _DAY in self.days
         return known_day and self.size + len(line) < MAX_BYTES
 
-    def add(self, row: int, line: bytes, name: str, instant: int) -> None:
+    def add(self, row: int, place: int | None, line: bytes, name: str, instant: int) -> None:
         """Take one more quote."""
         self.rows.append(row)
+        self.places.append(place)
         self.lines.append(line)
         self.days.add(instant // _DAY)
         self.size += len(line) + 1
@@ -637,32 +721,47 @@ class Chunk:
 
 
 def chunks(
-    source: _Source, converter: Converter, *, size: int, skip: int = 0, numbers: _Numbers | None = None
+    source: _Source,
+    converter: Converter,
+    *,
+    size: int,
+    skip: int = 0,
+    sent: Iterable[Range] = (),
+    numbers: _Numbers | None = None,
 ) -> Iterator[Chunk]:
-    """Cut the rows after the first `skip` into requests that keep the service's limits of rows, days and bytes."""
-    chunk, encode = Chunk(end=skip), msgspec.json.Encoder(enc_hook=str).encode
+    """Cut the rows after the first `skip` into requests that keep the service's limits of rows, days and bytes.
+
+    What was `sent` before is cut as it was then, so that it is the same request.
+    """
+    chunk, encode = Chunk(skip, skip), msgspec.json.Encoder(enc_hook=str).encode
+    as_sent, until = deque(sorted(sent)), 0
 
     def cut() -> Chunk:
         nonlocal chunk
-        full, chunk = chunk, Chunk()
+        full, chunk = chunk, Chunk(chunk.end, chunk.end)
         full.position = source.position()
         return full
 
     yield from _passed_over(source, converter, numbers, skip)
     for row, raw in enumerate(source.rows, skip + 1):
+        if as_sent and row == as_sent[0][0] + 1:
+            until = as_sent.popleft()[1]
+            if chunk.end > chunk.start:
+                yield cut()
         try:
             values, symbol, given, instant = _placed(source, converter, numbers, raw)
             line = encode(converter.quote(values, symbol, instant))
         except _Fault as fault:
-            chunk.refused.append((row, _rejection(row, fault.code, fault.detail, encode(_shown(source, raw)))))
+            shown = encode(_shown(source, converter, raw))
+            chunk.refused.append((row, _rejection(row, _place(raw), fault.code, fault.detail, shown)))
         else:
-            if not chunk.takes(line, instant):
+            if row > until and not chunk.takes(line, instant):
                 yield cut()
             if instant != given:
                 chunk.numbered.add(len(chunk.lines))
-            chunk.add(row, line, _name(symbol), instant)
+            chunk.add(row, _place(raw), line, _name(symbol), instant)
         chunk.end = row
-        if len(chunk.lines) + len(chunk.refused) >= size:
+        if row == until or (row > until and len(chunk.lines) + len(chunk.refused) >= size):
             yield cut()
     yield cut()
 
@@ -677,7 +776,7 @@ def _passed_over(source: _Source, converter: Converter, numbers: _Numbers | None
         if row % _SKIP == 0:
             yield Chunk(end=row, position=source.position())
     if row < count:
-        raise _Unreadable(f"the file has {row} rows, but {count} were loaded before")
+        raise Unreadable(f"the file has {row} rows, but {count} were loaded before; --no-resume loads it anew")
 
 
 def _placed(
@@ -691,98 +790,32 @@ def _placed(
     return values, symbol, given, numbers(_name(symbol), given)
 
 
-def _shown(source: _Source, raw: Any) -> Mapping[str, Any]:
-    """A row for the reject file: its values, or where it has no shape, what stands in its place."""
+def _shown(source: _Source, converter: Converter, raw: Any) -> Mapping[str, Any]:
+    """A row for the reject file: its values, or where it has no shape, the line itself."""
     try:
-        return source.shape(raw)
+        return converter.named(source.shape(raw))
     except _Fault:
-        return {"line": raw.decode("utf-8", "replace").strip() if isinstance(raw, bytes) else raw}
+        return {"line": str(raw)}
 
 
-def _rejection(row: int, code: str, detail: str, quote: bytes) -> bytes:
-    return msgspec.json.encode({"row": row, "code": code, "detail": detail, "quote": msgspec.Raw(quote)}) + b"\n"
+def _place(raw: Any) -> int | None:
+    """The line of the file that a row is on."""
+    return raw.number if isinstance(raw, Line) else None
+
+
+def _rejection(row: int, place: int | None, code: str, detail: str, quote: bytes) -> bytes:
+    where = {"row": row} if place is None else {"row": row, "line": place}
+    return msgspec.json.encode(where | {"code": code, "detail": detail, "quote": msgspec.Raw(quote)}) + b"\n"
 
 
 def _rejections(chunk: Chunk, receipt: Receipt) -> bytes:
     """Lines of the reject file, in file order: what was refused here and what the service refused."""
     refused = [
-        (row, _rejection(row, r.code, r.detail, chunk.lines[r.index]))
+        (row, _rejection(row, chunk.places[r.index], r.code, r.detail, chunk.lines[r.index]))
         for r in receipt.rejected
         for row in (chunk.rows[r.index],)
     ]
     return b"".join(line for _, line in sorted(chunk.refused + refused))
-
-
-class _Journal:
-    """The state file and the reject file of one load; together they say what need not be done again."""
-
-    def __init__(self, path: Path, options: LoadOptions, meaning: dict[str, Any]) -> None:
-        self.rejects = options.rejects or path.with_name(f"{path.name}.rejects.ndjson")
-        self._path = options.state or path.with_name(f"{path.name}.load-state.json")
-        fresh = _State(_fingerprint(path), meaning | {"rejects": str(self.rejects.absolute())})
-        self.state, self.note = self._recall(fresh, resume=options.resume)
-
-    def _recall(self, fresh: _State, *, resume: bool) -> tuple[_State, str | None]:
-        """The state to go on from, and what to tell people about it."""
-        try:
-            known = msgspec.json.decode(self._path.read_bytes(), type=_State)
-        except FileNotFoundError:
-            return fresh, None
-        except msgspec.MsgspecError:
-            return fresh, f"{self._path} is not a state file of this version; starting anew"
-        if not resume:
-            return fresh, None
-        if known.fingerprint != fresh.fingerprint:
-            return fresh, "the file has changed since it was loaded; starting anew"
-        if known.meaning != fresh.meaning:
-            return fresh, "options have changed since it was loaded; starting anew"
-        if not known.complete and self._rejected_bytes() < known.rejects_bytes:
-            return fresh, "the reject file is gone; starting anew"
-        return known, f"continuing after row {known.rows:,}" if known.rows and not known.complete else None
-
-    def _rejected_bytes(self) -> int:
-        return self.rejects.stat().st_size if self.rejects.exists() else 0
-
-    def open(self) -> None:
-        """Forget rejects that the state does not know of, and see that the state can be written."""
-        if self._rejected_bytes() > self.state.rejects_bytes:
-            os.truncate(self.rejects, self.state.rejects_bytes)
-        self._save()
-
-    def acknowledge(self, chunk: Chunk, receipt: Receipt) -> None:
-        """Note that all rows up to `chunk.end` are done with."""
-        if chunk.end <= self.state.rows:
-            return
-        if lines := _rejections(chunk, receipt):
-            with self.rejects.open("ab") as file:  # before the state, which says how much of it counts
-                file.write(lines)
-            self.state.rejects_bytes += len(lines)
-        self.state.rows = chunk.end
-        self.state.totals.add(receipt)
-        self.state.totals.rejected += len(chunk.refused)
-        self.state.totals.numbered += len(chunk.numbered.difference(r.index for r in receipt.rejected))
-        self._save()
-
-    def complete(self) -> None:
-        """Note that the end of the file has been reached."""
-        self.state.complete = True
-        self._save()
-        if not self.state.rejects_bytes and self.rejects.exists():
-            self.rejects.unlink()
-
-    def _save(self) -> None:
-        # msgspec writes the fields in a fixed order, indented because people look into it.
-        text = msgspec.json.format(msgspec.json.encode(self.state), indent=2) + b"\n"
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_bytes(text)
-        temporary.replace(self._path)
-
-
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
-        status = os.fstat(file.fileno())
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "head": head}
 
 
 class _Loader:
@@ -805,10 +838,10 @@ class _Loader:
             except Unavailable as error:
                 report.status, report.failure = "failed", str(error)
                 return
-            except (Refused, _Unreadable, InvalidRequest) as error:
+            except (Refused, Unreadable, Unwritable, InvalidRequest) as error:
                 report.status, report.failure = "failed", str(error)
             except OSError as error:
-                named = error.strerror and f"{error.strerror}: {error.filename}"
+                named = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else None
                 report.status, report.failure = "failed", named or str(error)
             except _BROKEN_FILE as error:
                 report.status, report.failure = "failed", str(error) or type(error).__name__
@@ -821,50 +854,72 @@ class _Loader:
         name = path.name[: -len(path.suffix)] if path.suffix.lower() == ".gz" else path.name
         kind = options.format or _SUFFIXES.get(Path(name).suffix.lower())
         if kind is None:
-            raise _Unreadable(f"its name does not tell its format; --format does ({', '.join(_SUFFIXES)} are known)")
-        journal = _Journal(path, options, _meaning(options, kind))
-        state = journal.state
-        report.rows, report.totals = state.rows, state.totals
-        if state.complete:
-            report.resumed_after, report.status = state.rows, "already loaded"
-            self._tell(f"{path}: already loaded, {state.rows:,} rows; --no-resume loads it again.")
-            return
-        report.resumed_after = state.rows
-        if journal.note:
-            self._tell(f"{path}: {journal.note}.")
+            raise Unreadable(f"its name does not tell its format; --format does ({', '.join(_SUFFIXES)} are known)")
+        state_path = options.state or path.with_name(f"{path.name}.load-state.json")
+        rejects = options.rejects or path.with_name(f"{path.name}.rejects.ndjson")
         with ExitStack() as stack:
-            source = _open(path, kind, options.columns, stack)
+            file = _open_file(path, stack)
+            stack.enter_context(held([state_path, rejects]))
+            fingerprint = _fingerprint(file)
+            source = _open(file, path, kind, options, stack)
             symbol = None if "symbol" in source.fields else options.symbol or _symbol_of(name)
             converter = Converter(symbol=symbol, tz=options.tz, source=options.source)
+            meaning = _meaning(options, kind, symbol) | {"rejects": str(rejects.absolute())}
+            store = await self._client.store()
+            fresh = State.new(fingerprint, meaning, store)
+            journal = Journal(state_path, rejects, fresh, resume=options.resume)
+            state = journal.state
+            report.rows, report.resumed_after, report.totals = state.rows, state.rows, state.totals
+            report.rejects = str(rejects) if state.rejects_bytes else None
+            if state.complete:
+                report.status = "already loaded"
+                self._tell(_already_loaded(path, report))
+                return
+            if journal.note:
+                self._tell(f"{path}: {journal.note}.")
             journal.open()
             bar = self._progress.add_task(path.name, total=source.total, rows=state.rows, rate=0.0)
-            numbers = await self._numbers(path, kind, converter) if options.ties == "number" else None
-            requests = chunks(source, converter, size=options.batch_size, skip=state.rows, numbers=numbers)
+            numbers = None
+            if options.ties == "number":
+                numbers = await self._numbers(partial(_open, file, path, kind, options), path.name, converter)
+                _check_unchanged(path, file, fingerprint)
+                source = _open(file, path, kind, options, stack)
+            requests = chunks(
+                source, converter, size=options.batch_size, skip=state.rows, sent=state.sent, numbers=numbers
+            )
             try:
                 await self._send(requests, journal, report, bar)
             finally:
-                report.rejects = str(journal.rejects) if state.rejects_bytes else None
+                report.rejects = str(rejects) if state.rejects_bytes else None
                 report.ignored_columns = sorted(source.ignored)
                 if source.ignored:
                     self._tell(f"{path}: ignored columns: {', '.join(map(repr, report.ignored_columns))}.")
-        journal.complete()
-        self._progress.update(bar, completed=source.total)
-        report.status = "loaded"
+            _check_unchanged(path, file, fingerprint)
+            if await self._client.store() != store:
+                raise Unreadable(
+                    "the store has been restored or has failed over meanwhile, and may lack rows of this file; the "
+                    "same command loads it again"
+                )
+            journal.complete()
+            self._progress.update(bar, completed=source.total)
+            report.status = "loaded"
 
-    async def _numbers(self, path: Path, kind: FileFormat, converter: Converter) -> _Numbers:
+    async def _numbers(self, opened: Callable[[ExitStack], _Source], name: str, converter: Converter) -> _Numbers:
         """What tells the rows of the file apart that have one symbol and instant."""
         numbers = _Numbers()
-        await self._look(path, kind, converter, numbers.see)
+        await self._look(opened, name, converter, numbers.see)
         if not numbers.end():
-            await self._look(path, kind, converter, numbers.collect)
+            await self._look(opened, name, converter, numbers.collect)
             numbers.settle()
         return numbers
 
-    async def _look(self, path: Path, kind: FileFormat, converter: Converter, note: Callable[[str, int], None]) -> None:
+    async def _look(
+        self, opened: Callable[[ExitStack], _Source], name: str, converter: Converter, note: Callable[[str, int], None]
+    ) -> None:
         """Read the file without sending anything, and note the symbol and instant of each row that has them."""
         with ExitStack() as stack:
-            source = _open(path, kind, self._options.columns, stack)
-            bar = self._progress.add_task(f"{path.name}: order of rows", total=source.total, rows=0, rate=0.0)
+            source = opened(stack)
+            bar = self._progress.add_task(f"{name}: order of rows", total=source.total, rows=0, rate=0.0)
             began = time.monotonic()
             for row, raw in enumerate(source.rows, 1):
                 try:
@@ -880,29 +935,58 @@ class _Loader:
                     await asyncio.sleep(0)
             self._progress.remove_task(bar)
 
-    async def _send(self, requests: Iterator[Chunk], journal: _Journal, report: FileReport, bar: TaskID) -> None:
+    async def _send(self, requests: Iterator[Chunk], journal: Journal, report: FileReport, bar: TaskID) -> None:
         began = time.monotonic()
 
         async def send(chunk: Chunk) -> Receipt:
             if not chunk.lines:
                 return Receipt(0, 0)
             options = self._options
-            return await self._client.send(
-                chunk.lines, on_conflict=options.on_conflict, on_error="skip", prices=options.prices, exact=True
-            )
+            rows = chunk.start, chunk.end
+            journal.sending(rows)
+            try:
+                receipt = await self._client.send(
+                    chunk.lines,
+                    on_conflict=options.on_conflict,
+                    on_error="skip",
+                    prices=options.prices,
+                    key=journal.key(rows),
+                )
+            except Refused:
+                journal.refused(rows)
+                raise
+            if receipt.received != len(chunk.lines):
+                raise Unreadable(f"the service counts {receipt.received:,} quotes of {len(chunk.lines):,} that it got")
+            return receipt
 
         async with aclosing(in_order(requests, send, clash=Chunk.overlaps)) as answers:
             async for chunk, receipt in answers:
-                journal.acknowledge(chunk, receipt)
+                journal.acknowledge(
+                    chunk.end,
+                    _rejections(chunk, receipt),
+                    receipt,
+                    refused=len(chunk.refused),
+                    numbered=len(chunk.numbered.difference(r.index for r in receipt.rejected)),
+                )
                 report.rows = journal.state.rows
                 rate = (report.rows - report.resumed_after) / (time.monotonic() - began)
                 self._progress.update(bar, completed=chunk.position, rows=report.rows, rate=rate)
 
 
-def _meaning(options: LoadOptions, kind: FileFormat) -> dict[str, Any]:
-    """The options that change what is stored, or where."""
+def _already_loaded(path: Path, report: FileReport) -> str:
+    told = f"{path}: already loaded, {report.rows:,} rows"
+    if not report.totals.rejected:
+        return f"{told}; --no-resume loads it again."
+    return (
+        f"{told}, of which {report.totals.rejected:,} were refused; mend them in {report.rejects} and load that file, "
+        "or load all rows again with --no-resume."
+    )
+
+
+def _meaning(options: LoadOptions, kind: FileFormat, symbol: str | None) -> dict[str, Any]:
+    """What changes what is stored, beside the file itself."""
     return {
-        "url": options.url, "format": kind, "symbol": options.symbol, "tz": options.tz, "source": options.source,
+        "format": kind, "encoding": options.encoding, "symbol": symbol, "tz": options.tz, "source": options.source,
         "on_conflict": options.on_conflict, "ties": options.ties, "prices": options.prices,
         "columns": dict(sorted(options.columns.items())),
     }  # fmt: skip
@@ -913,7 +997,7 @@ def _symbol_of(name: str) -> str:
     try:
         return normal_symbol(Path(name).stem)
     except InvalidRequest:
-        raise _Unreadable("it has no column of symbols and its name is none; --symbol names it") from None
+        raise Unreadable("it has no column of symbols and its name is none; --symbol names it") from None
 
 
 def _check(options: LoadOptions) -> None:
@@ -958,7 +1042,7 @@ async def run(options: LoadOptions, *, transport: httpx.AsyncBaseTransport | Non
         report = loader.report
         with progress:
             report.interrupted = not await until_interrupted(loader.run())
-    report.rejected = sum(file.totals.rejected for file in report.files if file.status != "already loaded")
+    report.rejected = sum(file.totals.rejected for file in report.files)
     report.failed = sum(file.status == "failed" for file in report.files)
     if options.json:
         sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
@@ -991,5 +1075,5 @@ def _show(report: LoadReport) -> None:
             console.print(
                 f"{file.file}: interrupted; the same command goes on after row {file.rows:,}.", soft_wrap=True
             )
-        if file.rejects and file.status != "already loaded":
+        if file.rejects:
             console.print(f"{file.file}: rejected rows are in {file.rejects}", soft_wrap=True)

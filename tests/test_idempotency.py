@@ -635,7 +635,7 @@ async def test_the_client_repeats_a_request_under_its_key() -> None:
         return answer
 
     async with Client(transport=httpx.MockTransport(service)) as client:
-        assert (await client.send([b"{}"], exact=True)).inserted == 1
+        assert (await client.send([b"{}"], key="k-1")).inserted == 1
         with pytest.raises(Refused, match="already stored"):
             await client.send([b"{}"], on_conflict="error")
     assert keys[0] is not None
@@ -659,5 +659,5 @@ async def test_a_lost_answer_does_not_change_a_receipt(client: httpx.AsyncClient
 
     lines = [json.dumps(row(symbol, i)).encode() for i in range(3)]
     async with Client(transport=httpx.MockTransport(unreliable)) as sender:
-        receipt = await sender.send(lines, on_conflict="error", exact=True)
+        receipt = await sender.send(lines, on_conflict="error", key=symbol)
     assert (receipt.inserted, sender.retries) == (3, 1)

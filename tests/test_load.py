@@ -2,17 +2,23 @@
 
 import asyncio
 import gzip
+import itertools
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import msgspec
@@ -27,9 +33,12 @@ from app import load
 from app.client import Client
 from app.clock import nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
+from app.journal import State
+from app.lines import Unreadable
 from app.load import Converter, LoadOptions, LoadReport, column_map, match_columns
 from app.quote.batch import Batch
-from app.quote.terms import Limits, Terms
+from app.quote.terms import Limits, OnConflict, Terms
+from tests.conftest import Serve
 
 DAILY = ",Open,High,Low,Close,Adj Close,Volume\n2004-08-19,100,104.06,95.96,100.340,50.1,22351900.0\n"
 
@@ -39,14 +48,28 @@ MONDAY = nanoseconds(datetime(2026, 1, 5, tzinfo=UTC))
 
 
 class Store:
-    """A service of dictionaries, with the real rules of a quote; a row's key is its symbol and nanoseconds."""
+    """A service of dictionaries, with the real rules of a quote; a row's key is its symbol and nanoseconds.
 
-    def __init__(self) -> None:
+    `answered` has the receipts by their idempotency keys, `replayed` the keys of requests that came again.
+    """
+
+    def __init__(self, name: str = "store") -> None:
+        self.name = name
+        self.answered: dict[str, tuple[bytes, bytes]] = {}
+        self.replayed: list[str] = []
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
         self.requests: list[list[dict[str, Any]]] = []
         self.delay: Callable[[int], float] = lambda _number: 0
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return httpx.Response(200, json={"store": self.name})
+        named = request.headers["idempotency-key"]
+        if (known := self.answered.get(named)) is not None:
+            self.replayed.append(named)
+            asked, receipt = known
+            assert asked == str(request.url).encode() + request.content, "a key is of one request"
+            return httpx.Response(200, content=receipt)
         rows = [msgspec.json.decode(line) for line in request.content.splitlines()]
         self.requests.append(rows)
         await asyncio.sleep(self.delay(len(self.requests)))
@@ -66,11 +89,11 @@ class Store:
             inserted += stored is None
             updated += stored is not None and stored != row
             self.rows[key] = row
-        return httpx.Response(
-            200, content=msgspec.json.encode(batch.receipt(
-                inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated
-            ))
-        )  # fmt: skip
+        receipt = msgspec.json.encode(
+            batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
+        )
+        self.answered[named] = str(request.url).encode() + request.content, receipt
+        return httpx.Response(200, content=receipt)
 
     def prices(self, symbol: str, start: int = MONDAY) -> dict[int, str]:
         """Prices of a symbol by their nanosecond after `start`."""
@@ -148,7 +171,7 @@ def test_columns_are_found_by_their_names(names: list[str], explicit: dict[str, 
     ],
 )
 def test_columns_that_are_missing_are_named(names: list[str], explicit: dict[str, str], message: str) -> None:
-    with pytest.raises(load._Unreadable, match=message):
+    with pytest.raises(Unreadable, match=message):
         match_columns(names, explicit)
 
 
@@ -309,7 +332,7 @@ async def test_rows_without_a_symbol_do_not_get_one_where_others_have(store: Sto
     report = await store.load(write(tmp_path / "mixed.jsonl", lines))
     assert report.rejected == 1
     assert rejects(tmp_path / "mixed.jsonl") == [
-        {"row": 2, "code": "field-missing", "detail": "The field is required.",
+        {"row": 2, "line": 2, "code": "field-missing", "detail": "The field is required.",
          "quote": {"timestamp": "2026-01-05T00:00:00.000000000Z", "price": 2}}
     ]  # fmt: skip
     assert (await store.load(write(tmp_path / "spot.jsonl", lines[lines.index("\n") + 1 :]))).rejected == 0
@@ -526,7 +549,7 @@ async def test_a_load_that_was_cut_off_within_a_tie_gives_the_same_numbers(tmp_p
 
         async def failing(request: httpx.Request) -> httpx.Response:
             nonlocal left
-            left -= 1
+            left -= request.method == "POST"
             return REFUSAL if left < 0 else await store(request)
 
         report = await load.run(LoadOptions(files=[path], batch_size=7), transport=httpx.MockTransport(failing))
@@ -702,7 +725,8 @@ async def test_a_load_that_was_cut_off_goes_on(
     original = store.__call__
 
     async def failing(request: httpx.Request) -> httpx.Response:
-        return REFUSAL if len(store.requests) >= 5 else await original(request)
+        refuses = request.method == "POST" and len(store.requests) >= 5
+        return REFUSAL if refuses else await original(request)
 
     options = LoadOptions(files=[path], batch_size=100)
     first = await load.run(options, transport=httpx.MockTransport(failing))
@@ -728,7 +752,7 @@ async def test_a_load_that_was_cut_off_goes_on(
     assert f"continuing after row {done}" in capsys.readouterr().err
 
     third = await store.load(path, batch_size=100, json=True)
-    assert (third.files[0].status, third.rejected, third.failed) == ("already loaded", 0, 0)
+    assert (third.files[0].status, third.rejected, third.failed) == ("already loaded", 4, 0)
     assert len(store.requests) - before == 10 - done // 100
     out, err = capsys.readouterr()
     assert "already loaded" in err
@@ -833,6 +857,628 @@ async def test_a_service_that_stays_away_ends_the_run(tmp_path: Path, monkeypatc
 async def test_options_without_meaning_are_refused(store: Store, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         await load.run(LoadOptions(**{"files": [Path("a.csv")], **options}), transport=store.transport)
+
+
+# --- no row is lost ---
+
+
+def written(path: Path, content: bytes) -> Path:
+    """A file of these bytes, in gzip if its name says so."""
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def lost(report: LoadReport) -> int:
+    """Rows that no receipt and no reject counts; never any, in a file that is loaded."""
+    (file,) = report.files
+    assert file.status == "loaded", file.failure
+    totals = file.totals
+    counted = totals.inserted + totals.updated + totals.unchanged + totals.superseded + totals.rejected
+    return file.rows - counted
+
+
+NAMED = [f"2026-01-05T00:00:{n:02d}Z,{n},Widget Corp" for n in range(1, 21)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({5: ',5,"Alpha Fund', 15: ',15,Beta" Fund'}, [5]),  # a quote within an unquoted cell is a letter
+        ({5: ',5,"Alpha Fund', 15: ',15,"Beta Fund'}, [5, 15]),
+        ({5: ',5,"Alpha Fund', 15: ',15,Beta Fund"'}, [5]),  # over lines it would be a well-formed cell
+        ({5: ',"5,Alpha Fund', 15: ',15",Beta Fund'}, [5, 15]),
+        ({20: ',20,"Alpha Fund'}, [20]),
+        ({7: ',"7"7,Widget'}, [7]),
+        ({7: ',7,"Widget "Corp"'}, [7]),
+        ({7: f',7,"{"x" * 140_000}"'}, [7]),  # a longer cell than the library takes
+        ({7: f",7,{'x' * 2_000_000}"}, [7]),
+        ({20: f",20,{'x' * 2_000_000}"}, [20]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(value)[:60],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+async def test_a_stray_quote_takes_no_other_row_with_it(
+    store: Store, tmp_path: Path, changed: dict[int, str], refused: list[int], end: str
+) -> None:
+    rows = [NAMED[n - 1][:20] + changed[n] if n in changed else NAMED[n - 1] for n in range(1, 21)]
+    path = written(tmp_path / "x.csv", end.join(["time,price,name", "", *rows]).encode())
+    report = await store.load(path, batch_size=3)
+    assert (lost(report), report.files[0].rows, report.rejected) == (0, 20, len(refused))
+    assert [(row["row"], row["line"]) for row in rejects(path)] == [(n, n + 2) for n in refused]
+    assert sorted(store.prices("X").values(), key=int) == [str(n) for n in range(1, 21) if n not in refused]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 19), st.integers(0, 40), st.sampled_from('"",\r\n;\0\ufeffü€\udcfc')), max_size=6)
+)
+def test_whatever_stands_in_a_line_all_lines_are_counted(inserted: list[tuple[int, int, str]]) -> None:
+    rows = list(NAMED)
+    for n, at, letter in inserted:
+        rows[n] = rows[n][:at] + letter + rows[n][at:]
+    text = "\n".join(["time,price,name", *rows])
+    expected = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[1:] if line]
+    with tempfile.TemporaryDirectory() as directory:
+        path = written(Path(directory, "x.csv"), text.encode("utf-8", "surrogateescape"))
+        store = Store()
+        report = asyncio.run(store.load(path))
+        assert (lost(report), report.files[0].rows) == (0, len(expected))
+        whole = {str(n + 1) for n in range(20)} - {str(n + 1) for n, _, _ in inserted}
+        assert whole <= set(store.prices("X").values())
+        if report.rejected:
+            for row in rejects(path):
+                assert (
+                    expected[row["row"] - 1]
+                    == text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[row["line"] - 1]
+                )
+
+
+async def test_quoted_cells_keep_delimiters_and_quotes(store: Store, tmp_path: Path) -> None:
+    lines = [
+        'time,"price","source","what, ""else"""',
+        '"2026-01-05T00:00:00Z","1","a ""b"", c","d, e"',
+        '2026-01-05T00:00:01Z,2,"",""',
+        '2026-01-05T00:00:02Z,"3",a"b,c"d',
+    ]
+    report = await store.load(write(tmp_path / "x.csv", "\n".join(lines)))
+    assert report.files[0].ignored_columns == ['what, "else"']
+    assert [row["source"] for row in store.rows.values()] == ['a "b", c', None, 'a"b']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b'time,"price\n2026-01-05T00:00Z,1\n', "line 1"),
+        ("x.csv", "time,price,Größe\n2026-01-05T00:00Z,1,2\n".encode("latin-1"), "Line 1 is not UTF-8: byte 0xF6"),
+        ("x.csv", "time,price\n2026-01-05T00:00Z,1\n".encode("utf-16-le"), "--encoding utf-16"),
+        ("x.csv", "time,price\n2026-01-05T00:00Z,1\n".encode("utf-16-be"), "--encoding utf-16"),
+        ("x.csv", "\ufefftime,price\n2026-01-05T00:00Z,1\n".encode("utf-16-le")[:-1], "not UTF-16 at or after line 2"),
+        ("x.csv.gz", b"", "no gzip file"),
+        ("x.ndjson.gz", b"", "no gzip file"),
+        ("x.ndjson.gz", gzip.compress(b'{"ts":"2026-01-05T00:00Z","price":1}\n')[:-4], "end-of-stream"),
+        ("x.ndjson.gz", gzip.compress(b"{}\n") + b"more", "Not a gzipped file"),
+        ("x.ndjson.gz", gzip.compress(b"{}\n", mtime=0)[:-8] + bytes(8), "CRC"),
+    ],
+)
+@pytest.mark.parametrize("ties", ["number", "replace"])
+async def test_a_file_that_cannot_be_read_to_its_end_is_not_loaded(
+    store: Store, tmp_path: Path, name: str, content: bytes, message: str, ties: Any
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for _ in range(2):
+        report = await store.load(path, ties=ties)
+        assert report.failed == 1
+        assert message in (report.files[0].failure or "")
+
+
+async def test_a_cut_off_gzip_file_keeps_what_was_loaded_and_is_not_done(store: Store, tmp_path: Path) -> None:
+    whole = gzip.compress(ticks(20_000).encode())
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    report = await store.load(path, ties="replace", batch_size=100)
+    assert "end-of-stream" in (report.files[0].failure or "")
+    assert 0 < report.files[0].rows == report.files[0].totals.inserted < 20_000
+    assert (await store.load(path, ties="replace", batch_size=100)).failed == 1
+    path.write_bytes(whole)
+    again = await store.load(path, ties="replace", batch_size=10_000)
+    assert (lost(again), again.files[0].rows, len(store.rows)) == (0, 20_000, 20_000)
+
+
+TEXTS = {
+    "x.csv": "time,price,source\n2026-01-05T00:00:00Z,1,Zürich\n\n2026-01-05T00:00:01Z,2,€\n",
+    "x.ndjson": '{"time":"2026-01-05T00:00:00Z","price":1,"source":"Zürich"}\n\n'
+    '{"time":"2026-01-05T00:00:01Z","price":2,"source":"€"}\n',
+}
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.ndjson", "x.csv.gz", "x.ndjson.gz"])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", ""])
+async def test_a_byte_order_mark_and_any_line_ends_are_read(
+    store: Store, tmp_path: Path, name: str, codec: str, end: str
+) -> None:
+    text = TEXTS[name.removesuffix(".gz")]
+    text = text.replace("\n", end) if end else text.removesuffix("\n")
+    mark = "\ufeff" if codec.startswith("utf-16") else ""
+    report = await store.load(written(tmp_path / name, (mark + text).encode(codec)))
+    assert (lost(report), report.rejected) == (0, 0)
+    assert [row["source"] for row in store.rows.values()] == ["Zürich", "€"]
+
+
+async def test_members_of_gzip_are_one_text(store: Store, tmp_path: Path) -> None:
+    content = TEXTS["x.ndjson"].encode("utf-8-sig")
+    cuts = (0, 0, 1, 40, len(content))  # the first is empty, the mark and a line run over two
+    members = [gzip.compress(content[start:end]) for start, end in itertools.pairwise(cuts)]
+    (tmp_path / "x.ndjson.gz").write_bytes(b"".join(members) + bytes(512))  # tapes pad with zeros
+    assert lost(await store.load(tmp_path / "x.ndjson.gz")) == 0
+    assert len(store.rows) == 2
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.ndjson"])
+@pytest.mark.parametrize("codec", ["latin-1", "cp1252", "utf-16"])
+async def test_text_that_is_not_utf_8_is_stored_as_it_is_or_not_at_all(
+    store: Store, tmp_path: Path, name: str, codec: Any
+) -> None:
+    text = TEXTS[name].replace("€", "Genève" if codec == "latin-1" else "€")
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-16-le" if codec == "utf-16" else codec))
+    report = await store.load(path)
+    if codec != "utf-16":
+        assert (lost(report), report.rejected) == (0, 2)
+        assert [(row["line"], row["code"]) for row in rejects(path)] == (
+            [(2, "not-unicode"), (4, "not-unicode")] if name == "x.csv" else [(1, "not-unicode"), (3, "not-unicode")]
+        )
+        assert "not UTF-8: byte 0xFC; --encoding" in rejects(path)[0]["detail"]
+        assert "Z\\xfcrich" in rejects(path)[0]["quote"]["line"]
+    assert store.rows == {}
+    assert lost(await store.load(path, encoding=codec)) == 0
+    assert [row["source"] for row in store.rows.values()] == text_sources(text)
+
+
+def text_sources(text: str) -> list[str]:
+    return ["Zürich", "Genève" if "Genève" in text else "€"]
+
+
+async def test_a_foreign_byte_does_no_harm_in_a_column_that_is_ignored(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"time,price,name\n2026-01-05T00:00:00Z,1,Z\xfcrich\n2026-01-05T00:00:01Z,2\xb9,\n")
+    assert (await store.load(path)).rejected == 1
+    assert store.prices("X") == {0: "1"}
+    # A byte that Windows-1252 does not have is no letter of it either.
+    path.write_bytes(b"time,price,source\n2026-01-05T00:00:00Z,1,Z\x81rich\n")
+    assert (await Store().load(path, encoding="cp1252")).rejected == 1
+    assert rejects(path)[0]["detail"].startswith("Line 2 is not CP1252: byte 0x81")
+
+
+async def test_a_line_of_any_json_is_a_row_that_is_refused(store: Store, tmp_path: Path) -> None:
+    good = '{"ts":"2026-01-05T00:00:00Z","price":1}'
+    lines = [good, "[" * 100_000, "\0" * 50, '{"ts":"\\ud800","price":1}', "\ufeff" + good, '{"x":' * 50_000]
+    path = write(tmp_path / "x.ndjson", "\n".join(lines))
+    report = await store.load(path)
+    assert (lost(report), report.rejected, len(store.rows)) == (0, 5, 1)
+    assert [row["line"] for row in rejects(path)] == [2, 3, 4, 5, 6]
+
+
+async def test_a_file_without_rows_is_loaded(store: Store, tmp_path: Path) -> None:
+    for name, text in (("a.csv", "time,price"), ("b.csv", "time,price\n\n"), ("c.ndjson", ""), ("d.ndjson", "\n\n")):
+        report = await store.load(write(tmp_path / name, text))
+        assert (lost(report), report.files[0].rows) == (0, 0)
+
+
+async def test_bytes_of_parquet_are_no_text(store: Store, tmp_path: Path) -> None:
+    # As base64, "IBM" would be stored as the symbol "SUJN".
+    for kind in (pa.binary(), pa.large_binary(), pa.binary(3)):
+        columns = {"symbol": pa.array([b"IBM"], kind), "time": ["2026-01-05T00:00Z"], "price": ["1"]}
+        pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+        report = await store.load(tmp_path / "x.parquet")
+        assert "'symbol' is of bytes" in (report.files[0].failure or "")
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert (await store.load(tmp_path / "x.parquet", columns={"symbol": ""})).failed == 0
+
+
+async def test_a_receipt_that_does_not_count_all_quotes_ends_the_load(store: Store, tmp_path: Path) -> None:
+    async def forgetful(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            lines = request.content.split(b"\n")[:-1]
+            request = httpx.Request("POST", request.url, content=b"\n".join(lines), headers=request.headers)
+        return await store(request)
+
+    options = LoadOptions(files=[write(tmp_path / "x.csv", ticks(10))])
+    report = await load.run(options, transport=httpx.MockTransport(forgetful))
+    assert "counts 9 quotes of 10" in (report.files[0].failure or "")
+
+
+# --- rows that were refused ---
+
+
+async def test_refused_rows_are_told_again(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.csv", ticks(10, bad=(3, 7)))
+    await store.load(path)
+    for _ in range(2):
+        again = await store.load(path)
+        assert (again.files[0].status, again.rejected, again.failed) == ("already loaded", 2, 0)
+        out, err = capsys.readouterr()
+        assert f"2 were refused; mend them in {path}.rejects.ndjson and load that file" in err
+        assert "rejected rows are in" in out
+    assert len(store.requests) == 1
+
+    mended = path.with_name("x.csv.rejects.ndjson")
+    write(mended, mended.read_text().replace('"-', '"'))
+    report = await store.load(mended)
+    assert (lost(report), report.rejected, len(store.rows)) == (0, 0, 10)
+
+
+async def test_the_reject_file_can_be_loaded_as_it_is(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "spy.csv", "time,price,volume\n2026-01-05T00:00,1,5\n2026-01-05T00:00Z,-2,\n")
+    assert (await store.load(path)).rejected == 2
+    report = await store.load(path.with_name("spy.csv.rejects.ndjson"), tz="UTC", prices="signed")
+    assert (lost(report), report.rejected) == (0, 0)
+    assert [(symbol, row["price"]) for (symbol, _), row in store.rows.items()] == [("SPY", 1), ("SPY", -2)]
+
+
+async def test_a_file_of_which_all_was_refused_is_tried_again(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = "positive"
+
+    async def service(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            url = request.url.copy_add_param("prices", setting)
+            request = httpx.Request("POST", url, content=request.content, headers=request.headers)
+        return await store(request)
+
+    options = LoadOptions(files=[write(tmp_path / "x.csv", ticks(10, bad=tuple(range(1, 11))))])
+    for _ in range(2):
+        assert (await load.run(options, transport=httpx.MockTransport(service))).rejected == 10
+    assert "all its rows were refused before; starting anew" in capsys.readouterr().err
+    setting = "signed"
+    report = await load.run(options, transport=httpx.MockTransport(service))
+    assert (lost(report), report.rejected, len(store.rows)) == (0, 0, 10)
+    assert not (tmp_path / "x.csv.rejects.ndjson").exists()
+
+
+# --- the same requests again ---
+
+
+@given(
+    days=st.lists(st.integers(0, 900), max_size=400),
+    size=st.integers(1, 100),
+    other=st.integers(1, 100),
+    sent=st.integers(0, 5),
+    freed=st.sets(st.integers(0, 5)),
+)
+def test_what_was_sent_is_cut_as_it_was(days: list[int], size: int, other: int, sent: int, freed: set[int]) -> None:
+    start = datetime(2020, 1, 1, tzinfo=UTC)
+    rows = [{"timestamp": (start + timedelta(days=day)).isoformat() if day % 7 else "?"} for day in days]
+
+    def cut(size: int, skip: int, known: list[tuple[int, int]]) -> list[load.Chunk]:
+        source = load._Source(iter(rows), lambda row: row, len(rows), lambda: 0, [], set())
+        converter = Converter(symbol="X", tz=None, source=None)
+        return list(load.chunks(source, converter, size=size, skip=skip, sent=known))
+
+    first = cut(size, 0, [])
+    done = first[len(first) // 3].start
+    known = [(c.start, c.end) for c in first if c.start >= done and c.lines][:sent]
+    known = [rows for n, rows in enumerate(known) if n not in freed]
+    second = [chunk for chunk in cut(other, done, known) if chunk.end > chunk.start]
+    before = {(c.start, c.end): c.lines for c in first}
+    again = {(c.start, c.end): c.lines for c in second}
+    assert all(again[rows] == before[rows] for rows in known)
+    assert [row for c in second for row in sorted(c.rows + [row for row, _ in c.refused])] == list(
+        range(done + 1, len(rows) + 1)
+    )
+    assert all(len(c.rows) + len(c.refused) <= other for c in second if (c.start, c.end) not in known)
+
+
+@pytest.mark.parametrize("ties", ["number", "replace"])
+async def test_a_request_without_an_answer_is_repeated_as_it_was(store: Store, tmp_path: Path, ties: Any) -> None:
+    """A loader dies again and again before it has its answers, and the next one would cut in another way."""
+    path = write(tmp_path / "x.csv", ticks(500, bad=(50, 150, 350)))
+
+    class Dies(Exception):
+        pass
+
+    async def losing(request: httpx.Request) -> httpx.Response:
+        response = await store(request)
+        if request.method == "POST" and len(store.requests) % 3 == 0:
+            raise Dies
+        return response
+
+    runs = 0
+    while True:
+        options = LoadOptions(files=[path], batch_size=20 + runs, ties=ties)
+        try:
+            report = await load.run(options, transport=httpx.MockTransport(losing))
+        except Dies:
+            runs += 1
+        else:
+            break
+    assert runs > 3
+    assert store.replayed
+    assert (lost(report), report.rejected) == (0, 3)
+    assert report.files[0].totals.inserted == len(store.rows) == 497
+    assert [row["row"] for row in rejects(path)] == [50, 150, 350]
+
+
+async def test_a_batch_that_was_refused_may_be_cut_smaller(store: Store, tmp_path: Path) -> None:
+    async def small(request: httpx.Request) -> httpx.Response:
+        too_large = request.content.count(b"\n") >= 50
+        return httpx.Response(413, json={"title": "Body too large"}) if too_large else await store(request)
+
+    path = write(tmp_path / "x.csv", ticks(200))
+    transport = httpx.MockTransport(small)
+    assert (await load.run(LoadOptions(files=[path], batch_size=100), transport=transport)).failed == 1
+    report = await load.run(LoadOptions(files=[path], batch_size=50), transport=transport)
+    assert (lost(report), len(store.rows)) == (0, 200)
+
+
+async def test_quotes_that_were_deleted_are_stored_again(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", ticks(10))
+    await store.load(path)
+    store.rows.clear()
+    assert (await store.load(path, resume=False)).files[0].totals.inserted == 10
+    assert len(store.rows) == 10
+
+
+@pytest.mark.parametrize("on_conflict", get_args(OnConflict))
+def test_a_loader_that_is_killed_again_and_again_counts_each_row_once(
+    service_url: str, symbol: str, tmp_path: Path, on_conflict: str
+) -> None:
+    count, bad = 20_000, (50, 7_000, 19_999)
+    start = datetime(2026, 1, 5, tzinfo=UTC)
+    lines = [
+        f"{(start + timedelta(milliseconds=n // 3)).isoformat()},{'-' if n in bad else ''}{n}.5"
+        for n in range(1, count + 1)
+    ]
+    path = write(tmp_path / f"{symbol}.csv", "\n".join(["time,price", *lines]))
+    state_file = path.with_name(f"{path.name}.load-state.json")
+    rows = killed = unknown = 0
+    while killed < 4:
+        command = [sys.executable, "-m", "app", "load", str(path), "--url", service_url, "--on-conflict", on_conflict]
+        command += ["--batch-size", str(80 + killed)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                with suppress(FileNotFoundError):
+                    state = msgspec.json.decode(state_file.read_bytes(), type=State)
+                    if state.rows > rows:
+                        break
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+        state = msgspec.json.decode(state_file.read_bytes(), type=State)
+        if state.complete:  # this machine was slower to kill than to load
+            break
+        rows, killed, unknown = state.rows, killed + 1, unknown + len(state.sent)
+    assert killed
+    assert unknown, "no request was under way when the loader died"
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # three rows are refused by their price
+    (file,) = msgspec.json.decode(done.stdout, type=LoadReport).files
+    assert (file.status in {"loaded", "already loaded"}, file.rows) == (True, count)
+    assert msgspec.to_builtins(file.totals) | {"numbered": 0} == {
+        "inserted": count - len(bad), "updated": 0, "unchanged": 0, "superseded": 0, "numbered": 0, "rounded": 0,
+        "zeros": 0, "crossed": 0, "rejected": len(bad),
+    }  # fmt: skip
+    assert [(row["row"], row["code"]) for row in rejects(path)] == [(row, "price-not-positive") for row in bad]
+    answer = httpx.get(f"{service_url}/v1/quotes/count", params={"symbols": symbol})
+    assert count - len(bad) in answer.json().values()
+    assert {other.name for other in tmp_path.iterdir()} == {
+        path.name, state_file.name, path.name + ".rejects.ndjson",
+    }  # fmt: skip
+
+
+# --- one at a time, and of one file and one store ---
+
+
+@pytest.mark.parametrize("shared", ["both", "state", "rejects"])
+async def test_of_two_loads_at_once_the_second_says_who_is_at_it(store: Store, tmp_path: Path, shared: str) -> None:
+    path = write(tmp_path / "x.csv", ticks(100, bad=(5,)))
+    began = asyncio.Event()
+
+    def slowly(_: int) -> float:
+        began.set()
+        return 0.02
+
+    store.delay = slowly
+    other = {
+        "both": {},
+        "state": {"rejects": tmp_path / "other.ndjson"},
+        "rejects": {"state": tmp_path / "other.json"},
+    }[shared]
+    first = asyncio.create_task(store.load(path, batch_size=5))
+    await began.wait()
+    second = await store.load(path, batch_size=5, **other)
+    assert second.failed == 1
+    assert f"another load is at it: process {os.getpid()} on " in (second.files[0].failure or "")
+    report = await first
+    assert (lost(report), report.rejected, len(rejects(path))) == (0, 1, 1)
+    assert (await store.load(path)).files[0].status == "already loaded"
+
+
+def grow(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("2026-01-06T00:00:00Z,AAPL,1\n")
+
+
+def rewrite(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b".50", b".75"))
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.rename(path)
+
+
+@pytest.mark.parametrize("change", [grow, rewrite, replace, Path.unlink])
+@pytest.mark.parametrize("when", ["while it is numbered", "while it is sent"])
+async def test_a_file_that_changes_while_it_is_read_is_not_loaded(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], when: str
+) -> None:
+    path = write(tmp_path / "x.csv", ticks(100))
+    os.utime(path, ns=(1, 1))
+
+    end = load._Numbers.end
+
+    def at_fifth(number: int) -> float:
+        if number == 5:
+            change(path)
+        return 0
+
+    def after_end(numbers: load._Numbers) -> bool:
+        change(path)
+        return end(numbers)
+
+    if when == "while it is sent":
+        store.delay = at_fifth
+    else:
+        monkeypatch.setattr(load._Numbers, "end", after_end)
+    report = await store.load(path, batch_size=10)
+    assert report.failed == 1
+    assert "changed while it was read" in (report.files[0].failure or "")
+    assert bool(store.requests) == (when == "while it is sent")
+    store.delay = lambda _: 0
+    monkeypatch.undo()
+    if change is not Path.unlink:
+        again = await store.load(path, batch_size=10)
+        assert lost(again) == 0
+        assert {row["price"] % 1 for row in store.rows.values()} - {0} == {
+            Decimal("0.75" if change is rewrite else "0.5")
+        }
+
+
+async def test_what_can_be_read_only_once_is_no_file(store: Store, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.csv")
+    (tmp_path / "y.csv").mkdir()
+    for path, message in ((tmp_path / "x.csv", "more than once"), (tmp_path / "y.csv", "directory")):
+        report = await store.load(path)
+        assert message in (report.files[0].failure or "")
+    report = await store.load(Path("/dev/stdin"), format="csv")
+    assert "more than once" in (report.files[0].failure or "")
+
+
+async def test_another_store_has_not_what_was_loaded_into_the_first(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.csv", ticks(10))
+    await store.load(path)
+    other = Store("other")
+    assert (await other.load(path)).files[0].totals.inserted == 10
+    assert "loaded into another store" in capsys.readouterr().err
+    # The same store at another address is the same.
+    assert (await other.load(path, url="http://elsewhere")).files[0].status == "already loaded"
+
+
+async def test_another_database_behind_a_service_gets_the_file_too(
+    service_url: str, symbol: str, serve: Serve, shared_dir: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "x.csv", ticks(10).replace("AAPL", symbol))
+    assert (await load.run(LoadOptions(files=[path], url=service_url))).files[0].totals.inserted == 10
+    with serve(shared_dir / "other") as other:
+        for url, status, inserted in ((other.url, "loaded", 10), (other.url, "already loaded", 10)):
+            (file,) = (await load.run(LoadOptions(files=[path], url=url))).files
+            assert (file.status, file.totals.inserted) == (status, inserted)
+    (file,) = (await load.run(LoadOptions(files=[path], url=service_url))).files
+    assert (file.status, file.totals.unchanged) == ("loaded", 10)
+
+
+async def test_a_load_waits_until_the_store_can_be_seen(store: Store, tmp_path: Path) -> None:
+    answers: list[httpx.Response | Exception] = [
+        httpx.Response(503, json={"store": None}),
+        httpx.ReadError("lost"),
+        httpx.Response(200, json={"store": None}),  # a standby that is about to be promoted
+        httpx.Response(503, json={"store": "store"}),  # unhealthy, but there
+    ]
+
+    async def service(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET" and answers:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return await store(request)
+
+    options = LoadOptions(files=[write(tmp_path / "x.csv", ticks(10))])
+    assert lost(await load.run(options, transport=httpx.MockTransport(service))) == 0
+    assert answers == []
+    for other in (httpx.Response(200, text="<p>It works"), httpx.Response(404), httpx.Response(200, json={})):
+        answers = [other]
+        report = await load.run(options, transport=httpx.MockTransport(service))
+        assert "which store it has" in (report.files[0].failure or "")
+
+
+async def test_a_store_that_is_restored_during_a_load_is_loaded_again(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", ticks(100))
+
+    def restore(number: int) -> float:
+        if number == 5:
+            store.name = "restored"
+            store.rows.clear()
+        return 0
+
+    store.delay = restore
+    report = await store.load(path, batch_size=10)
+    assert "may lack rows" in (report.files[0].failure or "")
+    assert (lost(await store.load(path, batch_size=10)), len(store.rows)) == (0, 100)
+
+
+# --- files that cannot be kept ---
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not a state", b'{"rows": 100, "complete": true}'])
+async def test_what_is_no_state_file_is_kept_and_told(store: Store, tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "x.csv", ticks(10))
+    state = path.with_name("x.csv.load-state.json")
+    state.write_bytes(content)
+    for resume in (True, False):
+        report = await store.load(path, resume=resume)
+        assert f"{state} is damaged, or no state file of this version; delete it" in (report.files[0].failure or "")
+    assert state.read_bytes() == content
+    assert store.requests == []
+    state.unlink()
+    assert lost(await store.load(path)) == 0
+
+
+async def test_what_is_no_reject_file_is_kept_and_told(store: Store, tmp_path: Path) -> None:
+    path, mine = write(tmp_path / "x.csv", ticks(10, bad=(3,))), write(tmp_path / "mine.txt", "precious\n")
+    report = await store.load(path, rejects=mine)
+    assert "mine.txt is no reject file" in (report.files[0].failure or "")
+    assert mine.read_text() == "precious\n"
+    for name in ("rejects", "state"):
+        report = await store.load(path, **{name: Path("/dev/null")})
+        assert "/dev/null is no regular file" in (report.files[0].failure or "")
+        report = await store.load(path, **{name: tmp_path / "missing" / "file"})
+        assert "cannot be written: No such file or directory" in (report.files[0].failure or "")
+    assert store.requests == []
+
+
+@pytest.mark.parametrize("full", ["rejects", "state"])
+def test_a_full_disk_ends_a_load_that_goes_on_when_there_is_room(
+    service_url: str, symbol: str, tmp_path: Path, full: str
+) -> None:
+    bad = tuple(range(1, 200, 2)) if full == "rejects" else ()
+    path = write(tmp_path / "x.csv", ticks(200, bad=bad).replace("AAPL", symbol))
+    command = ["load", str(path), "--url", service_url, "--batch-size", "10", "--json", "--on-conflict", "error"]
+    # No file of the process can become longer, as on a full disk.
+    limit = 4096 if full == "rejects" else 700
+    limited = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"from app.cli import main; sys.argv[1:] = {command!r}; main()"
+    )
+    for _ in range(2):
+        cut = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
+        assert cut.returncode == 1, cut.stderr
+        (file,) = msgspec.json.decode(cut.stdout, type=LoadReport).files
+        assert file.status == "failed"
+        assert "cannot be written: File too large" in (file.failure or "")
+    done = subprocess.run([sys.executable, "-m", "app", *command], capture_output=True, text=True, check=False)
+    (file,) = msgspec.json.decode(done.stdout, type=LoadReport).files
+    assert (file.status, file.totals.inserted, file.totals.rejected) == ("loaded", 200 - len(bad), len(bad))
+    assert not bad or [row["row"] for row in rejects(path)] == list(bad)
+    assert done.returncode == (1 if bad else 0)
 
 
 def example(name: str, directory: Path) -> Path:

@@ -1,0 +1,116 @@
+"""`make chaos`: run scenarios, print what they found, and exit with 1 if a promise was not kept."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tests.chaos import kills, repeats
+from tests.chaos.reporting import Report, Skipped, scratch
+
+Scenario = Callable[[Path, float, int], Awaitable[Report]]
+#: No scenario may take longer, in seconds at full size.
+_LONGEST: Final = 1800.0
+
+
+def _at_least(least: int, full: int, scale: float) -> int:
+    return max(least, round(full * scale))
+
+
+async def _kills(victim: kills.Victim, directory: Path, scale: float, seed: int) -> Report:
+    times, rows = _at_least(2, 20, scale), _at_least(50_000, 1_000_000, scale)
+    return await kills.kills(victim, directory, times=times, rows=rows, seed=seed)
+
+
+async def _repeats(directory: Path, scale: float, seed: int) -> Report:
+    operations, times = _at_least(2_000, 100_000, scale), _at_least(1, 10, scale)
+    return await repeats.repeats(directory, operations=operations, kills=times, seed=seed)
+
+
+PARTS: Final[dict[str, list[Scenario]]] = {
+    "kills": [partial(_kills, victim) for victim in kills.VICTIMS],
+    "control": [lambda directory, _, seed: kills.control(directory, seed=seed)],
+    "repeats": [_repeats],
+}
+
+
+async def _run(scenario: Scenario, name: str, scale: float, seed: int) -> Report:
+    with scratch() as directory:
+        try:
+            async with asyncio.timeout(_LONGEST):
+                return await scenario(directory, scale, seed)
+        except Skipped as reason:
+            return Report(name, skipped=str(reason))
+        except TimeoutError:
+            return Report(name, broken=[f"it did not end within {_LONGEST:g} s"])
+        except Exception as error:
+            return Report(name, broken=[f"{type(error).__name__}: {error}"])
+
+
+async def _all(chosen: list[str], scale: float, seed: int, screen: Console) -> list[Report]:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    reports = []
+    for name in chosen:
+        for scenario in PARTS[name]:
+            with screen.status(name):
+                reports.append(await _run(scenario, name, scale, seed))
+            last = reports[-1]
+            screen.print(f"{last.name}: {escape(_outcome(last))}", highlight=False)
+    return reports
+
+
+def _outcome(report: Report) -> str:
+    if report.skipped:
+        return f"skipped: {report.skipped}"
+    return "; ".join(report.broken) if report.broken else "kept"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(number)}" for name, number in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}; all unless given.")] = None,
+    *,
+    scale: Annotated[float, typer.Option(min=0.001, envvar="CHAOS_SCALE", help="Part of the full size.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of what is random.", show_default="the time")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+) -> None:
+    """Break what can break while quotes are written, and compare what was acknowledged with what is stored."""
+    if unknown := sorted({*(parts or ())} - {*PARTS}):
+        raise typer.BadParameter(f"There is no part {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    seed = int(time.time()) % 100_000 if seed is None else seed
+    try:
+        reports = asyncio.run(_all(parts or [*PARTS], scale, seed, Console(stderr=True)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+    table = Table("scenario", "outcome", "figure", "value")
+    for report in reports:
+        first = (report.name, escape(_outcome(report)))
+        for name, value in report.figures.items() or [("", "")]:
+            table.add_row(*first, name, escape(_cell(value)))
+            first = ("", "")
+        table.add_section()
+    Console().print(table)
+    if json_file is not None:
+        document = {"seed": seed, "scale": scale, "scenarios": [asdict(report) for report in reports]}
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
+    sys.exit(any(report.broken for report in reports))
+
+
+typer.run(main)

@@ -1,0 +1,193 @@
+"""kill -9 at random moments under load: of the service, of one of its workers, of the database.
+
+Who would start a process again in production is played here: a service or a native server that is killed starts at
+once. A worker is started by its supervisor, an embedded server by its service. Nobody else lifts a hand.
+"""
+
+import asyncio
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final, Literal
+
+from app.db import embedded
+from tests.chaos.recording import Ledger, Writers, late, until
+from tests.chaos.reporting import Report, spread
+from tests.chaos.verifying import verify
+from tests.chaos.victims import Postgres, Service, ended, signal_to, wait_gone
+
+Victim = Literal["service", "worker", "embedded", "database"]
+VICTIMS: Final[tuple[Victim, ...]] = ("service", "worker", "embedded", "database")
+WRITERS: Final = 4
+WORKERS: Final = 3
+#: Seconds without a hand after which a victim counts as one that does not come back.
+_PATIENCE: Final = 60.0
+#: Seconds of load between a recovery and the next kill.
+_PAUSE: Final = (0.2, 1.5)
+
+
+def start_of(days_ago: int = 3) -> int:
+    """A past midnight, in milliseconds."""
+    now = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return int((now - timedelta(days=days_ago)).timestamp() * 1000)
+
+
+@dataclass
+class Target:
+    """A running service, and how to kill the victim in it."""
+
+    victim: Victim
+    service: Service
+    postgres: Postgres | None
+
+    @property
+    def database_url(self) -> str:
+        """The database below the service."""
+        return self.postgres.url if self.postgres else embedded.url(self.service.directory / "data")
+
+    def kill(self, choice: random.Random) -> None:
+        """End the victim, and start it again where that is not its parent's part.
+
+        Raises:
+            NotReady: it does not end.
+        """
+        match self.victim:
+            case "service":
+                self.service.kill()
+                self.service.start()
+            case "worker":
+                signal_to([choice.choice(self.service.worker_pids())], signal.SIGKILL)
+            case "embedded":
+                postmaster = self.service.postmaster()
+                assert postmaster is not None, "the embedded server runs"
+                signal_to([postmaster], signal.SIGKILL)
+                wait_gone([postmaster])
+            case "database":
+                assert self.postgres is not None
+                self.postgres.kill()
+                self.postgres.start()
+
+
+def started(stack: ExitStack, victim: Victim, directory: Path) -> Target:
+    """A service with the victim in it, ready; it ends with the stack."""
+    postgres = None
+    environment = {"QUOTES_LOG_LEVEL": "WARNING", "QUOTES_MONITOR_INTERVAL": "0 s"}
+    if victim == "database":
+        postgres = Postgres.create(directory / "database")
+        stack.enter_context(ended(postgres))
+        postgres.start()
+        environment |= postgres.environment
+    service = Service(directory / "service", environment, WORKERS if victim == "worker" else 1)
+    stack.enter_context(ended(service))
+    service.start()
+    service.wait_ready()
+    return Target(victim, service, postgres)
+
+
+async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed: int) -> Report:
+    """Kill the victim `times` under writers, who go on until `rows` are acknowledged; none of them may be missing."""
+    report = Report(f"kill -9: {victim}")
+    choice = random.Random(seed)
+    ledger = Ledger()
+    recoveries: list[float] = []
+    with ExitStack() as stack:
+        target = await asyncio.to_thread(started, stack, victim, directory)
+        began = time.monotonic()
+        senders = late(ledger, [target.service.url], WRITERS, start_of(), reconnects=victim == "worker")
+        async with Writers([*senders]) as writers:
+            for _ in range(times):
+                await asyncio.sleep(choice.uniform(*_PAUSE))
+                killed = time.monotonic()
+                await asyncio.to_thread(target.kill, choice)
+                recovery = await ledger.recovery(killed, _PATIENCE)
+                if recovery is None:
+                    report.broken.append(f"no acknowledgement within {_PATIENCE:g} s of kill {len(recoveries) + 1}")
+                    break
+                recoveries.append(recovery)
+                if victim == "worker":
+                    # Another worker answers at once; the next kill waits until the killed one is replaced.
+                    await _replaced(target, report)
+            if not report.broken:
+                await until(lambda: ledger.rows >= rows or not writers.running)
+        seconds = time.monotonic() - began
+        if report.broken:
+            await asyncio.to_thread(_by_hand, target)
+        verdict = await verify(ledger, target.database_url, target.service.url)
+    report.broken += verdict.broken
+    cut = sum(count for answer, count in ledger.answers.items() if answer not in {"200", "not connected"})
+    report.require(cut > 0, "no kill came while a request was under way: this proves nothing")
+    report.figures = {
+        "rows": verdict.rows,
+        "requests": verdict.requests,
+        "kills": len(recoveries),
+        "lost": verdict.lost,
+        "torn": verdict.torn,
+        "unknown": f"{verdict.unknown}, {verdict.unknown_stored} of them stored",
+        "recovery s, min / median / max": spread(recoveries),
+        "seconds": round(seconds),
+        "seed": seed,
+        "answers": dict(ledger.answers.most_common()),
+    }
+    return report
+
+
+async def _replaced(target: Target, report: Report) -> None:
+    replaced = await until(lambda: len(target.service.worker_pids()) >= WORKERS, _PATIENCE)
+    report.require(replaced, f"a killed worker is not replaced within {_PATIENCE:g} s")
+
+
+def _by_hand(target: Target) -> None:
+    """What an operator would do, so that the store can be looked at."""
+    target.service.end()
+    target.service.start()
+    target.service.wait_ready()
+
+
+async def control(directory: Path, *, times: int = 5, seed: int) -> Report:
+    """With a database that acknowledges before it writes, rows must be missed, or `kills` would prove nothing."""
+    report = Report("control: synchronous_commit=off")
+    choice = random.Random(seed)
+    answers: Counter[str] = Counter()
+    verdict = None
+    killed = 0
+    with ExitStack() as stack:
+        # Nothing is written for as long as that, unless the buffer of the log is full.
+        postgres = Postgres.create(directory / "database", wal_writer_delay="10s", wal_writer_flush_after="1GB")
+        stack.enter_context(ended(postgres))
+        await asyncio.to_thread(postgres.start)
+        await postgres.execute("ALTER DATABASE quotes SET synchronous_commit = off", "SELECT 1")
+        environment = postgres.environment | {"QUOTES_LOG_LEVEL": "WARNING", "QUOTES_MONITOR_INTERVAL": "0 s"}
+        service = Service(directory / "service", environment)
+        stack.enter_context(ended(service))
+        await asyncio.to_thread(service.start)
+        await asyncio.to_thread(service.wait_ready)
+        await postgres.execute("CHECKPOINT")  # the schema is to survive
+        while killed < times and not (verdict and verdict.lost):
+            # A ledger for each kill: what was lost is not sent again.
+            ledger = Ledger()
+            async with Writers([*late(ledger, [service.url], WRITERS, start_of(), patience=0.0)]) as writers:
+                await asyncio.sleep(0.5)
+                await postgres.execute("CHECKPOINT")  # what came before is safe, or a store without rows would do too
+                await asyncio.sleep(choice.uniform(0.3, 1))
+                await asyncio.to_thread(postgres.kill)
+                killed += 1
+                await writers.stop()
+            await asyncio.to_thread(postgres.start)
+            verdict = await verify(ledger, postgres.url, None)
+            answers += ledger.answers
+    assert verdict is not None
+    report.require(verdict.lost < verdict.rows, "what was written before the kill is gone too")
+    report.require(verdict.lost > 0, f"{killed} kills lost nothing: the harness sees no loss, or none happens")
+    report.figures = {
+        "rows": verdict.rows,
+        "kills": killed,
+        "lost": verdict.lost,
+        "torn": verdict.torn,
+        "answers": dict(answers.most_common()),
+    }
+    return report

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.chaos import kills, repeats
+from tests.chaos import deadlines, kills, repeats, stops
 from tests.chaos.reporting import Report, Skipped, scratch
 
 Scenario = Callable[[Path, float, int], Awaitable[Report]]
@@ -38,10 +38,21 @@ async def _repeats(directory: Path, scale: float, seed: int) -> Report:
     return await repeats.repeats(directory, operations=operations, kills=times, seed=seed)
 
 
+async def _deadlines(fault: deadlines.Fault, directory: Path, scale: float, _: int) -> Report:
+    return await deadlines.deadlines(directory, fault, seconds=_at_least(6, 30, scale))
+
+
 PARTS: Final[dict[str, list[Scenario]]] = {
     "kills": [partial(_kills, victim) for victim in kills.VICTIMS],
     "control": [lambda directory, _, seed: kills.control(directory, seed=seed)],
     "repeats": [_repeats],
+    "stops": [
+        lambda directory, scale, _: stops.rolling(directory, times=_at_least(2, 20, scale)),
+        lambda directory, scale, _: stops.rolling(directory, times=_at_least(2, 20, scale), workers=2),
+        lambda directory, *_: stops.stop_under_lock(directory),
+        lambda directory, *_: stops.stop_under_lock(directory, workers=2),
+    ],
+    "deadlines": [partial(_deadlines, fault) for fault in deadlines.FAULTS],
 }
 
 
@@ -67,15 +78,14 @@ async def _all(chosen: list[str], scale: float, seed: int, screen: Console) -> l
         for scenario in PARTS[name]:
             with screen.status(name):
                 reports.append(await _run(scenario, name, scale, seed))
-            last = reports[-1]
-            screen.print(f"{last.name}: {escape(_outcome(last))}", highlight=False)
+            for sentence in [_outcome(reports[-1]), reports[-1].skipped, *reports[-1].broken]:
+                if sentence:
+                    screen.print(f"{reports[-1].name}: {escape(sentence)}", highlight=False, soft_wrap=True)
     return reports
 
 
 def _outcome(report: Report) -> str:
-    if report.skipped:
-        return f"skipped: {report.skipped}"
-    return "; ".join(report.broken) if report.broken else "kept"
+    return "skipped" if report.skipped else f"BROKEN, {len(report.broken)}" if report.broken else "kept"
 
 
 def _cell(value: Any) -> str:
@@ -99,13 +109,10 @@ def main(
         reports = asyncio.run(_all(parts or [*PARTS], scale, seed, Console(stderr=True)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
-    table = Table("scenario", "outcome", "figure", "value")
+    table = Table("scenario", "outcome", "figures", show_lines=True)
     for report in reports:
-        first = (report.name, escape(_outcome(report)))
-        for name, value in report.figures.items() or [("", "")]:
-            table.add_row(*first, name, escape(_cell(value)))
-            first = ("", "")
-        table.add_section()
+        figures = "\n".join(f"{name}: {_cell(value)}" for name, value in report.figures.items())
+        table.add_row(report.name, _outcome(report), escape(figures or report.skipped))
     Console().print(table)
     if json_file is not None:
         document = {"seed": seed, "scale": scale, "scenarios": [asdict(report) for report in reports]}

@@ -11,15 +11,14 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
 from app.db import embedded
-from tests.chaos.recording import Ledger, Writers, late, until
+from tests.chaos.recording import Ledger, Writers, fleet, until
 from tests.chaos.reporting import Report, spread
 from tests.chaos.verifying import verify
-from tests.chaos.victims import Postgres, Service, ended, signal_to, wait_gone
+from tests.chaos.victims import QUIET, Postgres, Service, ended, signal_to, wait_gone
 
 Victim = Literal["service", "worker", "embedded", "database"]
 VICTIMS: Final[tuple[Victim, ...]] = ("service", "worker", "embedded", "database")
@@ -29,12 +28,6 @@ WORKERS: Final = 3
 _PATIENCE: Final = 60.0
 #: Seconds of load between a recovery and the next kill.
 _PAUSE: Final = (0.2, 1.5)
-
-
-def start_of(days_ago: int = 3) -> int:
-    """A past midnight, in milliseconds."""
-    now = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    return int((now - timedelta(days=days_ago)).timestamp() * 1000)
 
 
 @dataclass
@@ -76,7 +69,7 @@ class Target:
 def started(stack: ExitStack, victim: Victim, directory: Path) -> Target:
     """A service with the victim in it, ready; it ends with the stack."""
     postgres = None
-    environment = {"QUOTES_LOG_LEVEL": "WARNING", "QUOTES_MONITOR_INTERVAL": "0 s"}
+    environment = dict(QUIET)
     if victim == "database":
         postgres = Postgres.create(directory / "database")
         stack.enter_context(ended(postgres))
@@ -98,7 +91,7 @@ async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed:
     with ExitStack() as stack:
         target = await asyncio.to_thread(started, stack, victim, directory)
         began = time.monotonic()
-        senders = late(ledger, [target.service.url], WRITERS, start_of(), reconnects=victim == "worker")
+        senders = fleet(ledger, [target.service.url], WRITERS, reconnects=victim == "worker")
         async with Writers([*senders]) as writers:
             for _ in range(times):
                 await asyncio.sleep(choice.uniform(*_PAUSE))
@@ -161,7 +154,7 @@ async def control(directory: Path, *, times: int = 5, seed: int) -> Report:
         stack.enter_context(ended(postgres))
         await asyncio.to_thread(postgres.start)
         await postgres.execute("ALTER DATABASE quotes SET synchronous_commit = off", "SELECT 1")
-        environment = postgres.environment | {"QUOTES_LOG_LEVEL": "WARNING", "QUOTES_MONITOR_INTERVAL": "0 s"}
+        environment = postgres.environment | QUIET
         service = Service(directory / "service", environment)
         stack.enter_context(ended(service))
         await asyncio.to_thread(service.start)
@@ -170,7 +163,7 @@ async def control(directory: Path, *, times: int = 5, seed: int) -> Report:
         while killed < times and not (verdict and verdict.lost):
             # A ledger for each kill: what was lost is not sent again.
             ledger = Ledger()
-            async with Writers([*late(ledger, [service.url], WRITERS, start_of(), patience=0.0)]) as writers:
+            async with Writers([*fleet(ledger, [service.url], WRITERS, patience=0.0)]) as writers:
                 await asyncio.sleep(0.5)
                 await postgres.execute("CHECKPOINT")  # what came before is safe, or a store without rows would do too
                 await asyncio.sleep(choice.uniform(0.3, 1))

@@ -14,22 +14,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, Self
 from uuid import uuid4
 
 import httpx
 import msgspec
 
+from app.errors import OutcomeUnknown, QuotesError
+
 #: Prices are 1 + the millisecond modulo this.
 PRICES: Final = 997
 #: Of the codes of a 503, the one that does not say that nothing was stored.
-UNKNOWN: Final = "outcome-unknown"
-_PASSING: Final = frozenset({"overloaded", "database-unavailable", "query-timeout", "service-stopping", UNKNOWN})
+UNKNOWN: Final = OutcomeUnknown.code
 _ANSWER_TIMEOUT: Final = 90.0
 _PAUSE: Final = 0.05
 _LISTED: Final = 20
+_MINUTE: Final = 60_000
 
 State = Literal["stored", "refused", "unknown"]
+
+
+def _unavailable(kind: type[QuotesError]) -> Iterator[str]:
+    if kind.status == httpx.codes.SERVICE_UNAVAILABLE:
+        yield kind.code
+    for sub in kind.__subclasses__():
+        yield from _unavailable(sub)
+
+
+#: What a 503 may say.
+UNAVAILABLE: Final = frozenset(_unavailable(QuotesError))
 
 
 def random_symbol(prefix: str = "C") -> str:
@@ -92,7 +106,7 @@ class Ledger:
 
     def complain(self, sentence: str) -> None:
         """Note an answer that breaks the contract."""
-        if len(self.wrong) < _LISTED:
+        if len(self.wrong) < _LISTED and sentence not in self.wrong:
             self.wrong.append(sentence)
 
     def recovered(self, since: float) -> float | None:
@@ -199,11 +213,9 @@ class Writer:
         ledger.answers[f"{answer.status_code} {code}"] += 1
         if answer.status_code == httpx.codes.CONFLICT and code == "idempotency-key-in-use" and request.attempts > 1:
             return False  # an earlier attempt is still being worked on
-        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or code not in _PASSING:
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or code not in UNAVAILABLE:
             ledger.complain(f"{answer.status_code} {code}: {answer.text[:300]}")
-        elif "retry-after" not in answer.headers:
-            ledger.complain(f"503 {code} without Retry-After")
-        if code in _PASSING - {UNKNOWN}:
+        elif code != UNKNOWN:
             request.state = before
         return False
 
@@ -255,7 +267,20 @@ class Writers:
         return not any(task.done() for task in self._tasks)
 
 
-def late(ledger: Ledger, urls: Sequence[str], count: int, start: int, **options: Any) -> Iterator[Writer]:
-    """Writers that fill the time from `start` on, each for itself."""
+def milliseconds(ago: timedelta = timedelta(0)) -> int:
+    """A moment before now, since 1970."""
+    return int((datetime.now(UTC) - ago).timestamp() * 1000)
+
+
+def fleet(ledger: Ledger, urls: Sequence[str], count: int, **options: Any) -> Iterator[Writer]:
+    """Writers of which every other one fills the hour before now, the others the days before yesterday."""
+    recent = milliseconds(timedelta(minutes=50)) // _MINUTE * _MINUTE
     for seed in range(count):
-        yield Writer(ledger, urls, start, seed=seed, **options)
+        start, step = (recent, 1) if seed % 2 else (days_ago(3), 100)
+        yield Writer(ledger, [*urls[seed % len(urls) :], *urls[: seed % len(urls)]], start, step, seed=seed, **options)
+
+
+def days_ago(days: int) -> int:
+    """A past midnight, in milliseconds since 1970."""
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return int((midnight - timedelta(days=days)).timestamp() * 1000)

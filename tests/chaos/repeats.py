@@ -24,10 +24,9 @@ import httpx
 import msgspec
 
 from app.db import embedded
-from tests.chaos.kills import start_of
-from tests.chaos.recording import UNKNOWN, code_of, random_symbol, until
+from tests.chaos.recording import UNKNOWN, code_of, days_ago, random_symbol, until
 from tests.chaos.reporting import Report
-from tests.chaos.victims import Service, ended
+from tests.chaos.victims import QUIET, Service, ended
 
 Fields = Literal["price", "bid", "ask", "volume"]
 FIELDS: Final[tuple[Fields, ...]] = ("price", "bid", "ask", "volume")
@@ -257,11 +256,9 @@ async def repeats(directory: Path, *, operations: int, kills: int, seed: int) ->
     """`operations` requests of several clients, the service killed now and then; the table is the model."""
     report = Report("exactly once")
     counts: Counter[str] = Counter()
-    start = start_of()
+    start = days_ago(3)
     shared = random_symbol()
-    environment = {
-        "QUOTES_ADMIN_TOKEN": _TOKEN, "QUOTES_LOG_LEVEL": "ERROR", "QUOTES_MONITOR_INTERVAL": "0 s",
-    }  # fmt: skip
+    environment = QUIET | {"QUOTES_ADMIN_TOKEN": _TOKEN}
     began = time.monotonic()
     with ExitStack() as stack:
         service = Service(directory / "service", environment, workers=2)

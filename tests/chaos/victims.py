@@ -27,6 +27,8 @@ _READY_TIMEOUT: Final = 120.0
 _STOP_TIMEOUT: Final = 60.0
 #: A directory of PostgreSQL's programs that has TimescaleDB, instead of those of the wheel.
 PROGRAMS: Final = os.environ.get("CHAOS_PG_BIN", "")
+#: Variables of a service whose log would be long.
+QUIET: Final = {"QUOTES_LOG_LEVEL": "WARNING", "QUOTES_MONITOR_INTERVAL": "0 s"}
 
 
 class NotReady(Exception):

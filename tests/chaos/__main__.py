@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.chaos import deadlines, kills, repeats, stops
+from tests.chaos import deadlines, kills, maintenance, repeats, stops
 from tests.chaos.reporting import Report, Skipped, scratch
 
 Scenario = Callable[[Path, float, int], Awaitable[Report]]
@@ -42,6 +42,11 @@ async def _deadlines(fault: deadlines.Fault, directory: Path, scale: float, _: i
     return await deadlines.deadlines(directory, fault, seconds=_at_least(6, 30, scale))
 
 
+async def _maintenance(directory: Path, scale: float, seed: int) -> Report:
+    rounds, hold = _at_least(3, 5, scale), max(8, 40 * scale)
+    return await maintenance.maintained(directory, rounds=rounds, seconds=max(5, 20 * scale), hold=hold, seed=seed)
+
+
 PARTS: Final[dict[str, list[Scenario]]] = {
     "kills": [partial(_kills, victim) for victim in kills.VICTIMS],
     "control": [lambda directory, _, seed: kills.control(directory, seed=seed)],
@@ -52,6 +57,7 @@ PARTS: Final[dict[str, list[Scenario]]] = {
         lambda directory, *_: stops.stop_under_lock(directory),
         lambda directory, *_: stops.stop_under_lock(directory, workers=2),
     ],
+    "maintenance": [_maintenance],
     "deadlines": [partial(_deadlines, fault) for fault in deadlines.FAULTS],
 }
 

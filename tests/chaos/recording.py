@@ -133,8 +133,9 @@ async def until(reached: Callable[[], bool], timeout: float = 3600) -> bool:
 class Writer:
     """One client with a symbol of its own; as clients do, it sends again what may pass, and gives up some of it.
 
-    `urls` are tried in turn: an answer that may pass, or none, leads to the next one. `times` gives the first
-    millisecond of each request; without it they follow one another from `start` on.
+    `urls` are tried in turn: an answer that may pass, none, or one that closes the connection leads to the next one, as
+    a balancer would be led by `/health/ready`. `times` gives the first millisecond of each request; without it they
+    follow one another from `start` on. Requests are numbered from `first` on, and there are `most` of them.
     """
 
     ledger: Ledger
@@ -149,19 +150,21 @@ class Writer:
     times: Callable[[], int] | None = None
     symbol: str = field(default_factory=random_symbol)
     seed: int = 0
+    first: int = 1
+    most: int = 10**9
+    _turn: int = field(default=0, init=False)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send until told to stop; the request under way is finished or given up."""
         choice = random.Random(self.seed)
         at = self.start
-        turn = 0
         timeout = httpx.Timeout(_ANSWER_TIMEOUT, connect=5)
         limits = httpx.Limits(max_keepalive_connections=0 if self.reconnects else None)
         async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as http:
-            for number in range(1, 10**9):
+            for number in range(self.first, self.first + self.most):
                 if stop.is_set():
                     return
-                first = at if self.times is None else max(at, self.times())
+                first = at if self.times is None else self.times()
                 rows = choice.randint(*self.rows)
                 at = first + rows * self.step
                 request = Request(self.symbol, number, first, self.step, rows, choice.random() < self.keyed)
@@ -171,8 +174,8 @@ class Writer:
                 if request.keyed:
                     headers["idempotency-key"] = str(uuid4())
                 body = request.body()
-                while not await self._attempt(http, self.urls[turn % len(self.urls)], request, body, headers):
-                    turn += 1
+                while not await self._attempt(http, request, body, headers):
+                    self._turn += 1
                     if not patient or stop.is_set():
                         break
                     await asyncio.sleep(_PAUSE)
@@ -180,10 +183,9 @@ class Writer:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(stop.wait(), self.pace)
 
-    async def _attempt(
-        self, http: httpx.AsyncClient, url: str, request: Request, body: bytes, headers: dict[str, str]
-    ) -> bool:
+    async def _attempt(self, http: httpx.AsyncClient, request: Request, body: bytes, headers: dict[str, str]) -> bool:
         """Whether the request is done with."""
+        url = self.urls[self._turn % len(self.urls)]
         ledger = self.ledger
         before, request.state = request.state, "unknown"
         request.attempts += 1
@@ -207,6 +209,7 @@ class Writer:
             ledger.answers["200"] += 1
             request.state = "stored"
             self._receipt(request, answer.json())
+            self._turn += answer.headers.get("connection") == "close"
             ledger.acknowledged.append((sent, answered))
             return True
         code = code_of(answer)
@@ -259,6 +262,10 @@ class Writers:
             Exception: what ended a writer.
         """
         self._stop.set()
+        await asyncio.gather(*self._tasks)
+
+    async def ended(self) -> None:
+        """Wait until each has sent all that it was to send."""
         await asyncio.gather(*self._tasks)
 
     @property

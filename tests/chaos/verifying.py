@@ -153,7 +153,7 @@ def expected_bars(requests: Iterable[Request], interval: str) -> set[tuple[Any, 
     columns += [pl.col(name).cast(pl.Float64) for name in _BAR[2:7]] + [pl.col("count").cast(pl.Int64)]
     frames = [
         pl.DataFrame({"at": pl.Series(request.times, dtype=pl.Int64)}).with_columns(
-            pl.lit(request.symbol).alias("symbol"), pl.lit(request.number).alias("volume")
+            pl.lit(request.symbol).alias("symbol"), pl.lit(request.number, pl.Int64).alias("volume")
         )
         for request in requests
     ]

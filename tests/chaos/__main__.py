@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.chaos import deadlines, kills, maintenance, repeats, stops
+from tests.chaos import deadlines, disk, failover, kills, maintenance, repeats, stops
 from tests.chaos.reporting import Report, Skipped, scratch
 
 Scenario = Callable[[Path, float, int], Awaitable[Report]]
@@ -58,6 +58,16 @@ PARTS: Final[dict[str, list[Scenario]]] = {
         lambda directory, *_: stops.stop_under_lock(directory, workers=2),
     ],
     "maintenance": [_maintenance],
+    "disk": [
+        lambda directory, *_: disk.filled("embedded", directory),
+        lambda directory, *_: disk.filled("database", directory),
+        lambda directory, *_: disk.filled("embedded", directory, logs=True),
+        lambda directory, *_: disk.filled("database", directory, logs=True),
+    ],
+    "failover": [
+        lambda directory, *_: failover.failover(directory, "synchronous"),
+        lambda directory, *_: failover.failover(directory, "asynchronous"),
+    ],
     "deadlines": [partial(_deadlines, fault) for fault in deadlines.FAULTS],
 }
 

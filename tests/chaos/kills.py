@@ -7,14 +7,17 @@ once. A worker is started by its supervisor, an embedded server by its service. 
 import asyncio
 import random
 import signal
+import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from app.db import embedded
+from app.errors import StartupError
 from tests.chaos.recording import Ledger, Writers, fleet, until
 from tests.chaos.reporting import Report, spread
 from tests.chaos.verifying import verify
@@ -26,6 +29,8 @@ WRITERS: Final = 4
 WORKERS: Final = 3
 #: Seconds without a hand after which a victim counts as one that does not come back.
 _PATIENCE: Final = 60.0
+#: Seconds between two looks of the supervisor that is played here.
+_SUPERVISION: Final = 0.5
 #: Seconds of load between a recovery and the next kill.
 _PAUSE: Final = (0.2, 1.5)
 
@@ -65,9 +70,41 @@ class Target:
                 self.postgres.kill()
                 self.postgres.start()
 
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Start a native server again whenever it has ended, as often as it takes."""
+        postgres = self.postgres
+        if postgres is None:
+            yield
+            return
+        stop = threading.Event()
 
-def started(stack: ExitStack, victim: Victim, directory: Path) -> Target:
-    """A service with the victim in it, ready; it ends with the stack."""
+        def watch() -> None:
+            while not stop.wait(_SUPERVISION):
+                if not postgres.processes():
+                    with suppress(StartupError):
+                        postgres.start(timeout=0)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def by_hand(self) -> None:
+        """What an operator would do, so that the store can be looked at."""
+        if self.postgres is not None:
+            self.postgres.end()
+            self.postgres.start()
+        self.service.end()
+        self.service.start()
+        self.service.wait_ready()
+
+
+def started(stack: ExitStack, victim: Victim, directory: Path, logs: Path | None = None) -> Target:
+    """A service with the victim in it, ready; it ends with the stack. It logs elsewhere than in `directory` if told."""
     postgres = None
     environment = dict(QUIET)
     if victim == "database":
@@ -75,7 +112,7 @@ def started(stack: ExitStack, victim: Victim, directory: Path) -> Target:
         stack.enter_context(ended(postgres))
         postgres.start()
         environment |= postgres.environment
-    service = Service(directory / "service", environment, WORKERS if victim == "worker" else 1)
+    service = Service(directory / "service", environment, WORKERS if victim == "worker" else 1, logs)
     stack.enter_context(ended(service))
     service.start()
     service.wait_ready()
@@ -109,7 +146,7 @@ async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed:
                 await until(lambda: ledger.rows >= rows or not writers.running)
         seconds = time.monotonic() - began
         if report.broken:
-            await asyncio.to_thread(_by_hand, target)
+            await asyncio.to_thread(target.by_hand)
         verdict = await verify(ledger, target.database_url, target.service.url)
     report.broken += verdict.broken
     cut = sum(count for answer, count in ledger.answers.items() if answer not in {"200", "not connected"})
@@ -132,13 +169,6 @@ async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed:
 async def _replaced(target: Target, report: Report) -> None:
     replaced = await until(lambda: len(target.service.worker_pids()) >= WORKERS, _PATIENCE)
     report.require(replaced, f"a killed worker is not replaced within {_PATIENCE:g} s")
-
-
-def _by_hand(target: Target) -> None:
-    """What an operator would do, so that the store can be looked at."""
-    target.service.end()
-    target.service.start()
-    target.service.wait_ready()
 
 
 async def control(directory: Path, *, times: int = 5, seed: int) -> Report:

@@ -63,6 +63,7 @@ class Request:
     keyed: bool
     state: State = "refused"
     attempts: int = 0
+    answered: float = 0.0  # when it was acknowledged, by the monotonic clock
     inserted: int = 0
     unchanged: int = 0
 
@@ -207,7 +208,7 @@ class Writer:
         ledger.seconds.append(answered - sent)
         if answer.status_code == httpx.codes.OK:
             ledger.answers["200"] += 1
-            request.state = "stored"
+            request.state, request.answered = "stored", answered
             self._receipt(request, answer.json())
             self._turn += answer.headers.get("connection") == "close"
             ledger.acknowledged.append((sent, answered))

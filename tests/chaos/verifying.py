@@ -4,6 +4,7 @@ Invariant: expected rows, newest quotes and bars are computed here from what cli
 database only what they hold is asked.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -40,6 +41,7 @@ class Verdict:
 
     Attributes:
         lost: acknowledged rows that are not stored.
+        first_lost: when the first of them was acknowledged, by the monotonic clock.
         torn: requests of which a part is stored.
         denied: requests that were refused, and stored all the same.
         wrong: stored rows that nobody sent as they are.
@@ -54,6 +56,7 @@ class Verdict:
     unknown: int = 0
     unknown_stored: int = 0
     lost: int = 0
+    first_lost: float = math.inf
     torn: int = 0
     denied: int = 0
     wrong: int = 0
@@ -108,8 +111,9 @@ async def verify(ledger: Ledger, database_url: str, url: str | None, *, interval
 
 
 def _judge(verdict: Verdict, request: Request, found: int) -> None:
-    if request.state == "stored":
-        verdict.lost += request.rows - min(found, request.rows)
+    if request.state == "stored" and found < request.rows:
+        verdict.lost += request.rows - found
+        verdict.first_lost = min(verdict.first_lost, request.answered)
     if 0 < found != request.rows:
         verdict.torn += 1
     if request.state == "refused" and found:

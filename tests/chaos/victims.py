@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -100,6 +100,7 @@ class Service:
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
+    log_directory: Path | None = None  # that of its data, unless given
     port: int = field(default_factory=free_port)
     process: "subprocess.Popen[bytes] | None" = None
 
@@ -111,7 +112,7 @@ class Service:
     @property
     def log(self) -> Path:
         """What all its starts logged."""
-        return self.directory / f"service-{self.port}.log"
+        return (self.log_directory or self.directory) / f"service-{self.port}.log"
 
     @property
     def pid(self) -> int:
@@ -223,6 +224,28 @@ class Postgres:
         self = cls(cluster)
         self.configure(**configuration)
         return self
+
+    def standby(self, directory: Path, name: str) -> "Postgres":
+        """A copy that follows this server under a name; it does not run yet."""
+        directory.mkdir(parents=True)
+        directory.chmod(0o755)
+        copy = Postgres(replace(self.cluster, data=directory / "pgdata", socket=directory / "run"))
+        for path in (copy.cluster.data, copy.cluster.socket):
+            copy.cluster.give(path)
+        source = ("-h", str(self.cluster.socket), "-U", "quotes")
+        copy.cluster.run("pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", "--no-sync", *source)
+        copy.follow(self, name)
+        return copy
+
+    def follow(self, primary: "Postgres", name: str) -> None:
+        """Follow another server from the next start or reload on."""
+        conninfo = f"host={primary.cluster.socket} user=quotes application_name={name}"
+        with (self.cluster.data / "postgresql.auto.conf").open("a") as config:
+            config.write(f"primary_conninfo = '{conninfo}'\n")
+
+    def promote(self) -> None:
+        """Make a standby a primary."""
+        self.cluster.run("pg_ctl", "promote", "--wait")
 
     @property
     def timescaledb(self) -> bool:

@@ -30,7 +30,7 @@ def _at_least(least: int, full: int, scale: float) -> int:
 
 async def _kills(victim: kills.Victim, directory: Path, scale: float, seed: int) -> Report:
     times, rows = _at_least(2, 20, scale), _at_least(50_000, 1_000_000, scale)
-    return await kills.kills(victim, directory, times=times, rows=rows, seed=seed)
+    return await kills.kills([victim], directory, times=times, rows=rows, seed=seed)
 
 
 async def _repeats(directory: Path, scale: float, seed: int) -> Report:

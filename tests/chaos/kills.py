@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +32,13 @@ _PATIENCE: Final = 60.0
 #: Seconds between two looks of the supervisor that is played here.
 _SUPERVISION: Final = 0.5
 #: Seconds of load between a recovery and the next kill.
-_PAUSE: Final = (0.2, 1.5)
+_PAUSE: Final = (0.1, 1.0)
 
 
 @dataclass
 class Target:
-    """A running service, and how to kill the victim in it."""
+    """A running service, and how to kill what it consists of."""
 
-    victim: Victim
     service: Service
     postgres: Postgres | None
 
@@ -48,13 +47,13 @@ class Target:
         """The database below the service."""
         return self.postgres.url if self.postgres else embedded.url(self.service.directory / "data")
 
-    def kill(self, choice: random.Random) -> None:
-        """End the victim, and start it again where that is not its parent's part.
+    def kill(self, victim: Victim, choice: random.Random) -> None:
+        """End a victim, and start it again where that is not its parent's part.
 
         Raises:
             NotReady: it does not end.
         """
-        match self.victim:
+        match victim:
             case "service":
                 self.service.kill()
                 self.service.start()
@@ -103,43 +102,46 @@ class Target:
         self.service.wait_ready()
 
 
-def started(stack: ExitStack, victim: Victim, directory: Path, logs: Path | None = None) -> Target:
-    """A service with the victim in it, ready; it ends with the stack. It logs elsewhere than in `directory` if told."""
+def started(stack: ExitStack, victims: Sequence[Victim], directory: Path, logs: Path | None = None) -> Target:
+    """A service with the victims in it, ready; it ends with the stack, and logs elsewhere than in `directory` if told.
+
+    Its database is its own, unless a native server is among the victims.
+    """
     postgres = None
     environment = dict(QUIET)
-    if victim == "database":
+    if "database" in victims:
         postgres = Postgres.create(directory / "database")
         stack.enter_context(ended(postgres))
         postgres.start()
         environment |= postgres.environment
-    service = Service(directory / "service", environment, WORKERS if victim == "worker" else 1, logs)
+    service = Service(directory / "service", environment, WORKERS if "worker" in victims else 1, logs)
     stack.enter_context(ended(service))
     service.start()
     service.wait_ready()
-    return Target(victim, service, postgres)
+    return Target(service, postgres)
 
 
-async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed: int) -> Report:
-    """Kill the victim `times` under writers, who go on until `rows` are acknowledged; none of them may be missing."""
-    report = Report(f"kill -9: {victim}")
+async def kills(victims: Sequence[Victim], directory: Path, *, times: int, rows: int, seed: int) -> Report:
+    """Kill the victims in turn, `times` each, under writers; none of the `rows` or more acknowledged may be missing."""
+    report = Report(f"kill -9: {', '.join(victims)}")
     choice = random.Random(seed)
     ledger = Ledger()
-    recoveries: list[float] = []
+    recoveries: dict[Victim, list[float]] = {victim: [] for victim in victims}
     with ExitStack() as stack:
-        target = await asyncio.to_thread(started, stack, victim, directory)
+        target = await asyncio.to_thread(started, stack, victims, directory)
+        senders = fleet(ledger, [target.service.url], WRITERS, reconnects="worker" in victims)
         began = time.monotonic()
-        senders = fleet(ledger, [target.service.url], WRITERS, reconnects=victim == "worker")
         async with Writers([*senders]) as writers:
-            for _ in range(times):
+            for victim in [*victims] * times:
                 await asyncio.sleep(choice.uniform(*_PAUSE))
                 killed = time.monotonic()
-                await asyncio.to_thread(target.kill, choice)
+                await asyncio.to_thread(target.kill, victim, choice)
                 recovery = await ledger.recovery(killed, _PATIENCE)
                 if recovery is None:
-                    report.broken.append(f"no acknowledgement within {_PATIENCE:g} s of kill {len(recoveries) + 1}")
+                    report.broken.append(f"{victim}: no acknowledgement within {_PATIENCE:g} s of the kill")
                     break
-                recoveries.append(recovery)
-                if victim == "worker":
+                recoveries[victim].append(recovery)
+                if "worker" in victims:
                     # Another worker answers at once; the next kill waits until the killed one is replaced.
                     await _replaced(target, report)
             if not report.broken:
@@ -154,11 +156,11 @@ async def kills(victim: Victim, directory: Path, *, times: int, rows: int, seed:
     report.figures = {
         "rows": verdict.rows,
         "requests": verdict.requests,
-        "kills": len(recoveries),
+        "kills": sum(map(len, recoveries.values())),
         "lost": verdict.lost,
         "torn": verdict.torn,
         "unknown": f"{verdict.unknown}, {verdict.unknown_stored} of them stored",
-        "recovery s, min / median / max": spread(recoveries),
+        **{f"recovery s, {victim}, min / median / max": spread(took) for victim, took in recoveries.items()},
         "seconds": round(seconds),
         "seed": seed,
         "answers": dict(ledger.answers.most_common()),

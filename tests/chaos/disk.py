@@ -59,7 +59,7 @@ async def filled(victim: Victim, directory: Path, *, logs: bool = False) -> Repo
     ledger = Ledger()
     with ExitStack() as stack:
         disk = stack.enter_context(volume(directory / "volume", _SIZE))
-        target = await asyncio.to_thread(started, stack, [victim], disk, None if logs else directory)
+        target = await asyncio.to_thread(started, stack, [victim], disk, logs=None if logs else directory)
         ballast = disk / "ballast"
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(_free(disk) - _ROOM, 1))

@@ -23,14 +23,16 @@ from tests.chaos.reporting import Report, spread
 from tests.chaos.verifying import verify
 from tests.chaos.victims import QUIET, Postgres, Service, ended, signal_to, wait_gone
 
-Victim = Literal["service", "worker", "embedded", "database"]
-VICTIMS: Final[tuple[Victim, ...]] = ("service", "worker", "embedded", "database")
+Victim = Literal["service", "worker", "embedded", "database", "worker and database"]
+VICTIMS: Final[tuple[Victim, ...]] = ("service", "worker", "embedded", "database", "worker and database")
 WRITERS: Final = 4
-WORKERS: Final = 3
+WORKERS: Final = 3  # of a service whose workers are killed
 #: Seconds without a hand after which a victim counts as one that does not come back.
 _PATIENCE: Final = 60.0
 #: Seconds between two looks of the supervisor that is played here.
 _SUPERVISION: Final = 0.5
+#: Seconds without a database in which a new worker starts.
+_AWAY: Final = 3.0
 #: Seconds of load between a recovery and the next kill.
 _PAUSE: Final = (0.1, 1.0)
 
@@ -41,6 +43,7 @@ class Target:
 
     service: Service
     postgres: Postgres | None
+    workers: int
 
     @property
     def database_url(self) -> str:
@@ -58,7 +61,7 @@ class Target:
                 self.service.kill()
                 self.service.start()
             case "worker":
-                signal_to([choice.choice(self.service.worker_pids())], signal.SIGKILL)
+                self._kill_worker(choice)
             case "embedded":
                 postmaster = self.service.postmaster()
                 assert postmaster is not None, "the embedded server runs"
@@ -68,6 +71,17 @@ class Target:
                 assert self.postgres is not None
                 self.postgres.kill()
                 self.postgres.start()
+            case "worker and database":
+                assert self.postgres is not None
+                self.postgres.kill()
+                self._kill_worker(choice)
+                time.sleep(_AWAY)
+                self.postgres.start()
+
+    def _kill_worker(self, choice: random.Random) -> None:
+        # One that has clients, if any has: another one would not be missed.
+        pids = self.service.busy_worker_pids() or self.service.worker_pids()
+        signal_to([choice.choice(pids)], signal.SIGKILL)
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
@@ -102,34 +116,43 @@ class Target:
         self.service.wait_ready()
 
 
-def started(stack: ExitStack, victims: Sequence[Victim], directory: Path, logs: Path | None = None) -> Target:
+def _with_workers(victims: Sequence[Victim]) -> bool:
+    return any("worker" in victim for victim in victims)
+
+
+def started(
+    stack: ExitStack, victims: Sequence[Victim], directory: Path, *, workers: int = WORKERS, logs: Path | None = None
+) -> Target:
     """A service with the victims in it, ready; it ends with the stack, and logs elsewhere than in `directory` if told.
 
     Its database is its own, unless a native server is among the victims.
     """
     postgres = None
+    workers = workers if _with_workers(victims) else 1
     environment = dict(QUIET)
-    if "database" in victims:
+    if any("database" in victim for victim in victims):
         postgres = Postgres.create(directory / "database")
         stack.enter_context(ended(postgres))
         postgres.start()
         environment |= postgres.environment
-    service = Service(directory / "service", environment, WORKERS if "worker" in victims else 1, logs)
+    service = Service(directory / "service", environment, workers, logs)
     stack.enter_context(ended(service))
     service.start()
     service.wait_ready()
-    return Target(service, postgres)
+    return Target(service, postgres, workers)
 
 
-async def kills(victims: Sequence[Victim], directory: Path, *, times: int, rows: int, seed: int) -> Report:
+async def kills(
+    victims: Sequence[Victim], directory: Path, *, times: int, rows: int, seed: int, workers: int = WORKERS
+) -> Report:
     """Kill the victims in turn, `times` each, under writers; none of the `rows` or more acknowledged may be missing."""
     report = Report(f"kill -9: {', '.join(victims)}")
     choice = random.Random(seed)
     ledger = Ledger()
     recoveries: dict[Victim, list[float]] = {victim: [] for victim in victims}
     with ExitStack() as stack:
-        target = await asyncio.to_thread(started, stack, victims, directory)
-        senders = fleet(ledger, [target.service.url], WRITERS, reconnects="worker" in victims)
+        target = await asyncio.to_thread(started, stack, victims, directory, workers=workers)
+        senders = fleet(ledger, [target.service.url], WRITERS, reconnects=_with_workers(victims))
         began = time.monotonic()
         async with Writers([*senders]) as writers:
             for victim in [*victims] * times:
@@ -139,11 +162,14 @@ async def kills(victims: Sequence[Victim], directory: Path, *, times: int, rows:
                 recovery = await ledger.recovery(killed, _PATIENCE)
                 if recovery is None:
                     report.broken.append(f"{victim}: no acknowledgement within {_PATIENCE:g} s of the kill")
+                    report.broken.append(target.service.tail(1))
                     break
                 recoveries[victim].append(recovery)
-                if "worker" in victims:
-                    # Another worker answers at once; the next kill waits until the killed one is replaced.
+                if _with_workers(victims):
+                    # Another worker answers at once; the next kill waits until all of them do.
                     await _replaced(target, report)
+                if report.broken:
+                    break
             if not report.broken:
                 await until(lambda: ledger.rows >= rows or not writers.running)
         seconds = time.monotonic() - began
@@ -169,8 +195,9 @@ async def kills(victims: Sequence[Victim], directory: Path, *, times: int, rows:
 
 
 async def _replaced(target: Target, report: Report) -> None:
-    replaced = await until(lambda: len(target.service.worker_pids()) >= WORKERS, _PATIENCE)
-    report.require(replaced, f"a killed worker is not replaced within {_PATIENCE:g} s")
+    replaced = await until(lambda: len(target.service.serving_pids()) >= target.workers, _PATIENCE)
+    serving = len(target.service.serving_pids())
+    report.require(replaced, f"{serving} of {target.workers} workers serve {_PATIENCE:g} s after a kill")
 
 
 async def control(directory: Path, *, times: int = 5, seed: int) -> Report:

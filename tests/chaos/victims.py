@@ -4,6 +4,7 @@ Invariant: whatever was started here has ended when its context is left, also wh
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ _ROOT: Final = Path(__file__).parents[2]
 _READY_TIMEOUT: Final = 120.0
 #: The longest that a service may take to end: its grace for requests, then the drain of its queue, and some.
 _STOP_TIMEOUT: Final = 60.0
+#: States of /proc/net/tcp.
+_ESTABLISHED, _LISTENING = "01", "0A"
 #: A directory of PostgreSQL's programs that has TimescaleDB, instead of those of the wheel.
 PROGRAMS: Final = os.environ.get("CHAOS_PG_BIN", "")
 #: Variables of a service whose log would be long.
@@ -57,6 +60,26 @@ def _command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
+
+
+def _files(pid: int) -> dict[str, str]:
+    """What a process has open, by the number of the file."""
+    found = {}
+    for file in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            found[file.name] = str(file.readlink())
+    return found
+
+
+def _waits_for(pid: int, sockets: set[str]) -> bool:
+    """Whether the event loop of a process looks at one of the sockets."""
+    files = _files(pid)
+    wanted = {number for number, target in files.items() if target in sockets}
+    watched: set[str] = set()
+    for number in (number for number, target in files.items() if target == "anon_inode:[eventpoll]"):
+        with suppress(OSError):
+            watched.update(re.findall(r"^tfd:\s+(\d+)", Path(f"/proc/{pid}/fdinfo/{number}").read_text(), re.MULTILINE))
+    return bool(wanted & watched)
 
 
 def _alive(pid: int) -> bool:
@@ -161,6 +184,25 @@ class Service:
         """The server processes below it."""
         return [pid for pid in children(self.pid) if "spawn_main" in _command(pid)]
 
+    def busy_worker_pids(self) -> list[int]:
+        """Those that have a connection with a client."""
+        connected = self._sockets(_ESTABLISHED)
+        return [pid for pid in self.worker_pids() if connected & {*_files(pid).values()}]
+
+    def serving_pids(self) -> list[int]:
+        """Those that wait for connections; one that is still starting has the socket, but does not."""
+        listening = self._sockets(_LISTENING)
+        return [pid for pid in self.worker_pids() if _waits_for(pid, listening)]
+
+    def _sockets(self, state: str) -> set[str]:
+        """The sockets of its port in a state of the kernel's."""
+        found = set()
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == state and int(fields[1].rpartition(":")[2], 16) == self.port:
+                found.add(f"socket:[{fields[9]}]")
+        return found
+
     def postmaster(self) -> int | None:
         """The process of its embedded server."""
         return postmaster_of(self.directory / "data" / "pgdata")
@@ -207,6 +249,7 @@ class Postgres:
     """
 
     cluster: _Cluster
+    complete: bool = False  # whether its database has been created
 
     @classmethod
     def create(cls, directory: Path, **configuration: str) -> "Postgres":
@@ -229,11 +272,12 @@ class Postgres:
         """A copy that follows this server under a name; it does not run yet."""
         directory.mkdir(parents=True)
         directory.chmod(0o755)
-        copy = Postgres(replace(self.cluster, data=directory / "pgdata", socket=directory / "run"))
+        copy = Postgres(replace(self.cluster, data=directory / "pgdata", socket=directory / "run"), complete=True)
         for path in (copy.cluster.data, copy.cluster.socket):
             copy.cluster.give(path)
         source = ("-h", str(self.cluster.socket), "-U", "quotes")
         copy.cluster.run("pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", "--no-sync", *source)
+        copy.cluster.configure()
         copy.follow(self, name)
         return copy
 
@@ -272,13 +316,15 @@ class Postgres:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self.cluster.start()
+                self.cluster.run("pg_ctl", "start", "--wait", f"--log={self.cluster.data / 'start.log'}")
+                break
             except StartupError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
-            else:
-                return
+        if not self.complete:
+            self.cluster.run("createdb", "-h", str(self.cluster.socket), "-U", "quotes", "quotes", data=False)
+            self.complete = True
 
     def processes(self) -> list[int]:
         """The postmaster, then its children."""

@@ -136,4 +136,5 @@ def main(
     sys.exit(any(report.broken for report in reports))
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)

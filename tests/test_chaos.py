@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import deadlines, kills, repeats, stops
+from tests.chaos import kills, repeats, stops
 from tests.conftest import random_symbol
 
 SEED = random.SystemRandom().randrange(10_000)
@@ -22,7 +22,7 @@ def directory(shared_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("victims", "times"), [(("service", "worker", "embedded"), 1), (("database",), 3)], ids=["own", "native"]
+    ("victims", "times"), [(("service", "worker", "embedded"), 1), (("database",), 2)], ids=["own", "native"]
 )
 async def test_kill_9_loses_nothing_that_was_acknowledged(
     directory: Path, victims: tuple[kills.Victim, ...], times: int
@@ -37,15 +37,10 @@ async def test_what_is_lost_is_found(directory: Path) -> None:
 
 
 async def test_what_is_sent_again_counts_once(directory: Path) -> None:
-    report = await repeats.repeats(directory, operations=1_500, kills=1, seed=SEED)
+    report = await repeats.repeats(directory, operations=1_000, kills=1, seed=SEED)
     assert not report.broken, report
 
 
 async def test_a_service_that_is_stopped_answers_writes_that_wait_for_a_lock(directory: Path) -> None:
     report = await stops.stop_under_lock(directory, drain=1.0)
-    assert not report.broken, report
-
-
-async def test_a_commit_that_nobody_confirms_is_answered_in_time(directory: Path) -> None:
-    report = await deadlines.deadlines(directory, "unconfirmed", seconds=3)
     assert not report.broken, report

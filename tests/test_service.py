@@ -1,4 +1,4 @@
-"""The service as a process: restarts, kill -9 in mid-load, draining, several workers, the command line."""
+"""The service as a process: restarts, draining, several workers, the command line. Who kills it: test_chaos.py."""
 
 import asyncio
 import json
@@ -85,32 +85,6 @@ async def hammer(service: Service, kill: Callable[[], None], after: float) -> tu
     kill()
     await asyncio.gather(*clients)
     return acknowledged, in_doubt
-
-
-@pytest.mark.parametrize("victim", ["service", "database"])
-async def test_kill_9_loses_nothing_acknowledged(serve: Serve, shared_dir: Path, victim: str) -> None:
-    data = shared_dir / f"killed-{victim}"
-    for round_ in range(2):
-        with serve(data) as service:
-            postmaster = int((data / "pgdata" / "postmaster.pid").read_text().split()[0])
-            target = service.process.pid if victim == "service" else postmaster
-
-            def kill(target: int = target) -> None:
-                os.kill(target, signal.SIGKILL)
-
-            acknowledged, in_doubt = await hammer(service, kill, 1.0 + round_ / 2)
-            assert len(acknowledged) == 4
-            assert in_doubt == 4, "the kill came in mid-load"
-            if victim == "database":
-                # Its children end when they see that it is gone; then the directory is free again.
-                service.process.terminate()
-                service.process.wait(30)
-        with serve(data) as service:
-            for symbol, rows in acknowledged.items():
-                found = count(service.url, symbol)
-                assert found >= rows, "an acknowledged quote is lost"
-                assert found % 500 == 0, "a batch is torn"
-                assert found <= rows + 500
 
 
 def resident(pid: int) -> int:

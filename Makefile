@@ -46,7 +46,7 @@ demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on
 test: $(VENV)/dev $(VENV)/prometheus  ## Run all tests, on every lane that this machine has
 	$(BIN)/python -m pytest $(TESTARGS)
 
-chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was acknowledged with what is stored (hours)
+chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was acknowledged with what is stored (long)
 	$(BIN)/python -m tests.chaos $(CHAOSARGS)
 
 trades: $(VENV)/dev  ## Test a million trades, many in one millisecond, against polars on every lane (minutes)

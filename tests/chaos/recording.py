@@ -21,7 +21,7 @@ from uuid import uuid4
 import httpx
 import msgspec
 
-from app.errors import OutcomeUnknown, QuotesError
+from app.errors import DatabaseDamaged, DatabaseRefused, OutcomeUnknown, QuotesError
 
 #: Prices are 1 + the millisecond modulo this.
 PRICES: Final = 997
@@ -44,6 +44,8 @@ def _unavailable(kind: type[QuotesError]) -> Iterator[str]:
 
 #: What a 503 may say.
 UNAVAILABLE: Final = frozenset(_unavailable(QuotesError))
+#: Of these, what does not pass by waiting.
+_LASTING: Final = frozenset({DatabaseRefused.code, DatabaseDamaged.code})
 
 
 def random_symbol(prefix: str = "C") -> str:
@@ -219,7 +221,10 @@ class Writer:
             return False  # an earlier attempt is still being worked on
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or code not in UNAVAILABLE:
             ledger.complain(f"{answer.status_code} {code}: {answer.text[:300]}")
-        elif code != UNKNOWN:
+            return False
+        if "retry-after" not in answer.headers and code not in _LASTING:
+            ledger.complain(f"503 {code} without Retry-After")
+        if code != UNKNOWN:
             request.state = before
         return False
 

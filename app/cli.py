@@ -123,17 +123,11 @@ def _shared(settings: Settings) -> Iterator[dict[str, str]]:
         if settings.embedded:
             portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
             url = stack.enter_context(portal.wrap_async_context_manager(embedded.embedded_postgres(settings.data_dir)))
-            environment |= {
-                "QUOTES_DATABASE_URL": url,
-                "QUOTES_REQUIRE_TIMESCALEDB": settings.required_level,
-                "QUOTES_RETENTION": _retention(settings),
-            }
+            if settings.migrate_on_start:
+                # The first settings of the store are those of an embedded one, which the workers do not know it is.
+                portal.call(schema.migrate, url, settings)
+            environment |= {"QUOTES_DATABASE_URL": url, "QUOTES_REQUIRE_TIMESCALEDB": settings.required_level}
         yield environment
-
-
-def _retention(settings: Settings) -> str:
-    kept = settings.effective_retention
-    return "none" if kept is None else f"{kept.total_seconds()} s"
 
 
 @app.command()

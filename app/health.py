@@ -88,6 +88,7 @@ class Health:
 
     def __init__(self, system: SystemRepository, settings: Settings, head: str) -> None:
         self._system = system
+        self._settings = settings
         self._required = REQUIRED[settings.required_level]
         self._head = head
         self._lock = asyncio.Lock()
@@ -162,6 +163,10 @@ class Health:
             return Check("hypertable", "unhealthy", f"quotes.real_time has not the key ({', '.join(KEY)}).")
         if seen.revision != self._head:
             detail = f"The schema is at revision {seen.revision}, this version of the service at {self._head}."
+            return Check("hypertable", "degraded", detail, seen.revision)
+        if seen.facts is not None and (differences := seen.facts.differences(self._settings)):
+            told = "; ".join(map(str, differences))
+            detail = f"{told}. What the store has counts; `opa-quotes maintain apply` changes it."
             return Check("hypertable", "degraded", detail, seen.revision)
         if seen.chunks is not None:
             return Check("hypertable", "healthy", f"{seen.chunks} chunks.", seen.revision)

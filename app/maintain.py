@@ -5,9 +5,10 @@ the server's level does not have is said, in `cannot`, and where it was all that
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -23,10 +24,11 @@ from app.clock import rfc3339
 from app.db import embedded
 from app.db.capability import Level
 from app.db.engine import Database
-from app.errors import DatabaseUnavailable, StartupError
-from app.repository.maintenance import Change, MaintenanceRepository
+from app.db.facts import shown
+from app.errors import DatabaseUnavailable, InvalidRequest, StartupError
+from app.repository.maintenance import Change, Loss, MaintenanceRepository
 from app.repository.storage import Chunk, StorageRepository
-from app.settings import Settings
+from app.settings import Settings, fault_of, span
 
 app = typer.Typer(help="Columnstore, rollups, retention: show, and do by hand what policies do.", no_args_is_help=True)
 remarks = Console(stderr=True)
@@ -148,16 +150,6 @@ async def _each(
             done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **await step(chunk)})
             progress.advance(task)
     return done
-
-
-async def _settle(repository: MaintenanceRepository, now: datetime) -> set[str]:
-    """Complete the bars of what retention takes next; the chunks that were in need."""
-
-    async def step(chunk: Chunk) -> dict[str, Any]:
-        return {"needed": await repository.settle(chunk)}
-
-    steps = await _each("complete bars", await repository.below_floor(now), step)
-    return {done["chunk"] for done in steps if done["needed"]}
 
 
 def _within(chunks: Sequence[Chunk], start: datetime | None, end: datetime | None) -> list[Chunk]:
@@ -303,10 +295,7 @@ def refresh(
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_REFRESH)
             return
-        now = datetime.now(UTC)
-        if settled := await _settle(repository, now):
-            outcome.notes["chunks_completed_before_retention"] = len(settled)
-        for rollup, window in await repository.refresh_windows(now, low, high):
+        for rollup, window in await repository.refresh_windows(datetime.now(UTC), low, high):
             with remarks.status(f"refresh {rollup}"):
                 await repository.refresh(rollup, window, force=force)
             outcome.done.append({"rollup": rollup, "start": rfc3339(window.start), "end": rfc3339(window.end)})
@@ -315,14 +304,20 @@ def refresh(
 
 
 async def _drop_chunks(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
-    settled = set() if dry_run else await _settle(repository, now)
-
-    async def step(chunk: Chunk) -> dict[str, Any]:
-        if not dry_run:
-            await repository.drop(chunk)
-        return {"end": rfc3339(chunk.end), "bytes": chunk.bytes, "bars_completed": chunk.name in settled}
-
-    return await _each("drop", await repository.expired(now), step)
+    expired = await repository.expired(now)
+    behind = {chunk.name for chunk in expired if await repository.behind(chunk)}
+    left = set()
+    if not dry_run:
+        with remarks.status(f"drop {len(expired)} chunks"):
+            await repository.drop()
+        left = {chunk.name for chunk in await repository.chunks()}
+    return [
+        {
+            "chunk": chunk.name, "start": rfc3339(chunk.start), "end": rfc3339(chunk.end), "bytes": chunk.bytes,
+            "bars_completed": chunk.name in behind,
+        }
+        for chunk in expired if chunk.name not in left
+    ]  # fmt: skip
 
 
 async def _delete_rows(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -334,28 +329,26 @@ async def _delete_rows(repository: MaintenanceRepository, now: datetime, *, dry_
             async for deleted in repository.delete(now):
                 rows += deleted
                 status.update(f"delete: {rows:,} quotes")
+            await repository.mend_first(now)
     return [{"table": "quotes.real_time", "quotes": rows}] if rows else []
 
 
 @app.command()
 def drop(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Drop quotes older than QUOTES_RETENTION; where there are rollups, their bars stay."""
+    """Drop quotes older than the store's retention; where there are rollups, their bars stay."""
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
         now = datetime.now(UTC)
         outcome.dry_run = dry_run
-        cutoff = repository.cutoff(now)
+        cutoff = repository.facts.cutoff(now)
         if cutoff is None:
-            outcome.notes["kept"] = "all quotes: QUOTES_RETENTION is none"
+            outcome.notes["kept"] = "all quotes: the store's retention is none"
             return
         outcome.notes["older_than"] = rfc3339(cutoff)
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_ROLLUPS)
         take = _drop_chunks if outcome.level >= Level.APACHE else _delete_rows
         outcome.done = await take(repository, now, dry_run=dry_run)
-        if not dry_run:
-            moved, gone = await repository.fix_first(now)
-            outcome.notes |= {"symbols_with_a_new_first_quote": moved, "symbols_without_quotes": gone}
 
     _run(data_dir, work, "drop", as_json=as_json)
 
@@ -386,23 +379,56 @@ def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, a
 
 
 @app.command()
-def apply(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Bring chunk interval and policies in line with the settings; a new chunk interval counts for new chunks."""
+def apply(
+    *,
+    retention: Annotated[str | None, typer.Option(help="As `2 years`, or `none` to keep all quotes.")] = None,
+    chunk_interval: Annotated[str | None, typer.Option(help="As `1 day`; counts for new chunks.")] = None,
+    compress_after: Annotated[str | None, typer.Option(help="As `30 days`.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it although quotes will be dropped.")] = False,
+    dry_run: DryRun = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Change the settings of the store: to the options given, or else to those of the environment that are set.
+
+    Says first what will be dropped, and does it only if told so.
+    """
+    told = Settings()
+    texts = {"retention": retention, "chunk_interval": chunk_interval, "compress_after": compress_after}
+    given = {name: span(text, f"--{name.replace('_', '-')}") for name, text in texts.items() if text is not None}
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
-        outcome.dry_run = dry_run
+        outcome.dry_run, now = dry_run, datetime.now(UTC)
         if outcome.level < Level.APACHE:
             outcome.cannot.append(_NO_CHUNKS)
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_POLICIES)
-        changes = await repository.differences()
+        facts = repository.facts
+        changed: dict[str, Any] = {change.name: change.told for change in facts.differences(told)} | given
+        wanted = replace(facts, **changed)
+        if fault := fault_of(wanted.retention, wanted.chunk_interval, wanted.compress_after):
+            raise InvalidRequest(f"{fault[0].upper()}{fault[1:]}.")
+        changes = await repository.differences(wanted, now)
+        loss = None if wanted.retention == facts.retention else await repository.loss(wanted, now)
+        if loss is not None:
+            outcome.notes["will_be_dropped"] = _told(loss, outcome.level)
+            remarks.print(f"Will be dropped: {outcome.notes['will_be_dropped']}", highlight=False)
+            asked = not (dry_run or yes) and not as_json and sys.stdin.isatty()
+            if not (dry_run or yes) and not (asked and typer.confirm("Change it?", err=True)):
+                raise InvalidRequest("Nothing was changed. --yes changes it.")
         if changes and not dry_run:
-            await repository.apply()
+            await repository.apply(wanted, now)
         outcome.done = [_change(change) for change in changes]
 
     _run(data_dir, work, "apply", as_json=as_json)
 
 
+def _told(loss: Loss, level: Level) -> str:
+    chunks = f"{len(loss.chunks)} chunks with " if loss.chunks else ""
+    bars = "their bars stay" if level >= Level.COMMUNITY else "their bars go with them"
+    return f"{chunks}about {loss.rows:,} quotes before {rfc3339(loss.before)}; {bars}."
+
+
 def _change(change: Change) -> dict[str, Any]:
-    before, after = (None if span is None else str(span) for span in (change.before, change.after))
+    before, after = ("none" if span is None else shown(span) for span in (change.before, change.after))
     return {"setting": change.what, "before": before, "after": after}

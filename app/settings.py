@@ -7,13 +7,24 @@ import os
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.errors import InvalidRequest
+
 MIB = 1024 * 1024
+DAY = timedelta(days=1)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|second|min|minute|h|hour|d|day|w|week|month|y|year)s?")
 _SECONDS = {
     "ms": 0.001, "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
@@ -36,6 +47,37 @@ def _retention(value: object) -> object:
     return _duration(value)
 
 
+def span(text: str, name: str) -> timedelta | None:
+    """The span that a text is, `none` being None; `name` is who gave it.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    try:
+        value: timedelta | None = _SPAN.validate_python(text)
+    except ValidationError:
+        value = timedelta(0)
+    if (value is None and text.strip() == "") or (value is not None and value <= timedelta(0)):
+        raise InvalidRequest(f"{name} is a time such as `30 days` or `2 years`.")
+    return value
+
+
+def fault_of(retention: timedelta | None, chunk_interval: timedelta, compress_after: timedelta) -> str | None:
+    """Why these do not go together; None if they do."""
+    if chunk_interval % DAY and (chunk_interval < timedelta(minutes=1) or DAY % chunk_interval):
+        return "chunk_interval must be whole days, or an even part of one as 1 hour or 8 hours are"
+    if compress_after < chunk_interval:
+        return "compress_after must be at least chunk_interval"
+    if retention is None:
+        return None
+    if retention < 4 * max(chunk_interval, DAY):
+        return "retention must span at least four days and four chunks (retention >= 4 x chunk_interval)"
+    if compress_after >= retention:
+        return "compress_after must be shorter than retention"
+    return None
+
+
+_SPAN: Final[TypeAdapter[timedelta | None]] = TypeAdapter(Annotated[timedelta | None, BeforeValidator(_retention)])
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
 
 
@@ -194,10 +236,9 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.read_database_url is not None and self.database_url is None:
             raise ValueError("read_database_url names replicas of database_url, which is not set")
-        if self.retention is not None and self.retention < 4 * self.chunk_interval:
-            raise ValueError("retention must span at least four chunks (retention >= 4 x chunk_interval)")
-        if self.retention is not None and self.compress_after >= self.retention:
-            raise ValueError("compress_after must be shorter than retention")
+        fault = fault_of(self.effective_retention, self.chunk_interval, self.compress_after)
+        if fault is not None:
+            raise ValueError(fault)
         return self
 
     @property

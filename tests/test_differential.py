@@ -20,7 +20,7 @@ import pytest
 
 from app.clock import floor, nanoseconds, rfc3339_nano
 from app.db.capability import Level
-from app.db.engine import Connection, Database
+from app.db.engine import Connection, Database, read_facts
 from app.db.migrate import migrate
 from app.quote.fields import COLUMNS, VALUES
 from app.repository.bars import Bar, BarPrice
@@ -153,23 +153,27 @@ class Sequence:
         self.now = datetime.now(UTC)
         # A few days of the span, so that quotes meet in chunks and buckets.
         self.days = sorted(rng.sample(range(61), rng.randint(4, 12)))
-        # Time is not made to pass; retention shrinks instead, which moves its horizon the same way.
-        self.retention = 75 * DAY if self.community else None
-        self.repository()
+        self.quotes = QuoteRepository(database, lane.make_settings())
         self.log: list[str] = []
-
-    def repository(self) -> None:
-        self.quotes = QuoteRepository(self.database, self.lane.make_settings(retention=self.retention))
 
     @property
     def floor(self) -> datetime:
-        """Where the refresh policies begin."""
-        return EPOCH if self.retention is None else datetime.now(UTC) - self.retention + DAY
+        """Where a refresh may begin."""
+        return self.database.facts.dropped_before or EPOCH
 
     @property
     def oldest(self) -> int:
         """Before it ingest takes nothing."""
-        return nanoseconds(self.floor + DAY + timedelta(minutes=5))
+        oldest = self.database.facts.oldest(datetime.now(UTC) + timedelta(minutes=5))
+        return nanoseconds(oldest or EPOCH)
+
+    async def keep(self, retention: timedelta | None, *reset: str) -> None:
+        """Another retention. Time is not made to pass; it shrinks instead, which moves its edge the same way."""
+        async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
+            await connection.execute("UPDATE quotes.settings SET retention = $1", retention)
+            for statement in reset:
+                await patiently(connection, statement)
+            self.database.facts = await read_facts(connection, self.database.facts)
 
     def moment(self) -> int:
         """An instant that ingest takes, on the seconds or off them, in nanoseconds since 1970."""
@@ -293,17 +297,21 @@ class Sequence:
         return f"refreshed all from {self.floor}"
 
     async def retention_passes(self) -> str:
-        """Days pass in which policies keep up; then what is older than retention is dropped."""
-        assert self.retention is not None
-        if self.retention <= 40 * DAY:
+        """What is older than retention is dropped, whatever the policies have refreshed; later it may grow again."""
+        retention = self.database.facts.retention
+        assert retention is not None
+        if self.rng.random() < 0.3:
+            await self.keep(retention + self.rng.randint(1, 9) * DAY)
+            return f"retention is {self.database.facts.retention} again"
+        if retention <= 40 * DAY:
             return "retention is over"
-        await self.policies()
-        self.retention -= self.rng.randint(1, 9) * DAY
-        self.repository()
-        horizon = datetime.now(UTC) - self.retention
-        dropped = await self.sql("SELECT drop_chunks('quotes.real_time', older_than => $1::timestamptz)", horizon)
-        self.model.kept_from = max(self.model.kept_from, midnight(horizon))
-        return f"dropped {len(dropped)} chunks before {horizon}"
+        await self.keep(retention - self.rng.randint(1, 9) * DAY, "CALL quotes.apply_retention(NULL, NULL)")
+        model, dropped = self.model, self.database.facts.dropped_before
+        if dropped is not None:
+            model.kept_from = max(model.kept_from, dropped)
+            for symbol in [s for s, row in model.newest.items() if row["timestamp"] < dropped]:
+                del model.newest[symbol]
+        return f"dropped what is before {dropped}"
 
     def operations(self) -> list[tuple[Callable[[], Awaitable[str]], int]]:
         common: list[tuple[Callable[[], Awaitable[str]], int]] = [
@@ -353,7 +361,8 @@ class Sequence:
 
     async def run(self) -> None:
         if self.community:
-            await self.call("TRUNCATE quotes.real_time, quotes.latest")
+            forget = "UPDATE quotes.settings SET dropped_before = NULL"
+            await self.keep(75 * DAY, forget, "TRUNCATE quotes.real_time, quotes.latest")
             for name, _ in ROLLUPS:
                 await self.call(f"TRUNCATE quotes.{name}")
         operations, weights = zip(*self.operations(), strict=True)

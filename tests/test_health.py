@@ -28,7 +28,7 @@ from tests.conftest import Lane, running
 COMMUNITY = Capability.of(("18.6", "2.29.2", "timescale"))
 APACHE = Capability.of(("18.6", "2.29.2", "apache"))
 PLAIN = Capability.of(("18.6", None, None))
-GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp", "nanos"], 7, "r4")
+GOOD = Observation(COMMUNITY, True, ["symbol", "timestamp", "nanos"], 7, head())
 
 
 class Looking(SystemRepository):
@@ -47,7 +47,7 @@ class Looking(SystemRepository):
 
 async def verdict(shown: Observation | Exception, required: str = "community") -> Report:
     settings = Settings(_env_file=None, require_timescaledb=required)
-    return await Health(Looking(shown), settings, "r4").report()
+    return await Health(Looking(shown), settings, head()).report()
 
 
 def change(**fields: Any) -> Observation:
@@ -91,7 +91,7 @@ async def test_a_store_is_told_from_others(empty_url: str, lane: Lane) -> None:
             database = Database(empty_url, settings)
             await database.connect()
             stack.push_async_callback(database.close)
-            report = await Health(SystemRepository(database), settings, "r4").report()
+            report = await Health(SystemRepository(database), settings, head()).report()
             assert report.to_dict()["store"] == report.store
             return report.store
 
@@ -117,7 +117,7 @@ async def test_a_store_that_was_promoted_is_another(shared_dir: Path) -> None:
         settings = Settings(_env_file=None, database_url=url, require_timescaledb="none")
         database = Database(url, settings)
         try:
-            return (await Health(SystemRepository(database), settings, "r4").report()).store
+            return (await Health(SystemRepository(database), settings, head()).report()).store
         finally:
             await database.close()
 
@@ -137,7 +137,7 @@ async def test_a_store_that_was_promoted_is_another(shared_dir: Path) -> None:
 
 async def test_many_probes_share_one_look() -> None:
     looking = Looking(GOOD)
-    health = Health(looking, Settings(_env_file=None), "r4")
+    health = Health(looking, Settings(_env_file=None), head())
     for _ in range(5):
         await health.report()
     assert looking.looks == 1
@@ -185,7 +185,7 @@ async def test_health_of_a_database_that_went_away(lane: Lane) -> None:
     settings = lane.make_settings()
     nowhere = Database("postgresql://nobody@127.0.0.1:1/none", settings)
     began = time.monotonic()
-    report = await Health(SystemRepository(nowhere), settings, "r4").report()
+    report = await Health(SystemRepository(nowhere), settings, head()).report()
     assert report.status == "unhealthy"
     assert time.monotonic() - began < 10
     assert "postgresql://" not in str(report.to_dict())

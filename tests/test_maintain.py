@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from anyio import to_thread
@@ -20,6 +22,7 @@ from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.migrate import migrate
+from app.errors import InvalidQuotes, InvalidRequest
 from app.main import create_app
 from app.repository.bars import Bar, BarPrice
 from app.repository.maintenance import MaintenanceRepository
@@ -27,7 +30,7 @@ from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
 from app.repository.storage import StorageRepository
 from app.settings import Settings
-from tests.conftest import Lane, running
+from tests.conftest import Lane, patiently, running
 
 NOW = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 DAY = timedelta(days=1)
@@ -53,24 +56,20 @@ class Store:
     """A database of its own, its repository, and `maintain` on it."""
 
     def __init__(self, lane: Lane, url: str, **overrides: Any) -> None:
+        self.lane = lane
         self.url = url
         self.settings: Settings = lane.make_settings(database_url=url, **overrides)
         self.database = Database(url, self.settings)
         self.quotes = QuoteRepository(self.database, self.settings)
 
+    def invoke(self, *arguments: str, environment: dict[str, str] | None = None) -> Result:
+        """A verb of the command line."""
+        values = {"QUOTES_DATABASE_URL": self.url, "QUOTES_POOL_SIZE": str(self.settings.pool_size)}
+        return CliRunner().invoke(cli.app, ["maintain", *arguments], env=values | (environment or {}))
+
     async def maintain(self, *arguments: str, code: int = 0, environment: dict[str, str] | None = None) -> Any:
         """The JSON that a verb prints, run in a thread, as it brings its own event loop."""
-        values = {
-            "QUOTES_DATABASE_URL": self.url,
-            "QUOTES_POOL_SIZE": str(self.settings.pool_size),
-            "QUOTES_RETENTION": "none" if self.settings.retention is None else f"{self.settings.retention.days} days",
-            **(environment or {}),
-        }
-
-        def run() -> Result:
-            return CliRunner().invoke(cli.app, ["maintain", *arguments, "--json"], env=values)
-
-        result = await to_thread.run_sync(run)
+        result = await to_thread.run_sync(lambda: self.invoke(*arguments, "--json", environment=environment))
         assert result.exit_code == code, (result.output, result.exception)
         return json.loads(result.stdout)
 
@@ -87,8 +86,12 @@ class Store:
         return await self.insert(rows)
 
     async def insert(self, rows: list[dict[str, Any]]) -> int:
-        open_ended = QuoteRepository(self.database, self.settings.model_copy(update={"retention": None}))
-        return (await open_ended.bulk_insert(rows)).inserted
+        facts = self.database.facts
+        self.database.facts = replace(facts, retention=None)
+        try:
+            return (await self.quotes.bulk_insert(rows)).inserted
+        finally:
+            self.database.facts = facts
 
     async def execute(self, statement: str) -> None:
         async with self.database.dedicated(statement_timeout=timedelta(minutes=2)) as connection:
@@ -200,12 +203,12 @@ async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store:
     assert planned["dry_run"]
     assert (await store.quotes.get_symbols())[0].first == start
     dropped = await store.maintain("drop")
+    await store.database.connect()  # a service looks again by itself
     cutoff = datetime.fromisoformat(dropped["older_than"])
     assert start + 4 * DAY <= cutoff <= start + 6 * DAY
     assert len(planned["done"]) == len(dropped["done"])
     kept = await store.quotes.get_quotes("AAA", start, start + 10 * DAY, limit=10_000)
     assert kept[0].timestamp == cutoff
-    assert dropped["symbols_without_quotes"] == 1
     assert [(s.symbol, s.first, s.first_nanos) for s in await store.quotes.get_symbols()] == [
         ("AAA", cutoff, 0), ("FX", cutoff, 0), ("NANO", cutoff, 3),
     ]  # fmt: skip
@@ -242,7 +245,8 @@ async def test_a_remnant_of_a_dropped_chunk_takes_no_bar_away(
 
 async def test_nothing_is_dropped_without_a_retention(store: Store) -> None:
     await store.fill("AAA", (NOW - 100 * DAY).replace(hour=0), 1)
-    answer = await store.maintain("drop", environment={"QUOTES_RETENTION": "none"})
+    await store.maintain("apply", "--retention", "none")
+    answer = await store.maintain("drop")
     assert "none" in answer["kept"]
     assert await store.quotes.count_quotes("AAA") == 144
 
@@ -259,28 +263,110 @@ async def test_refresh_moves_the_watermarks(store: Store) -> None:
     look = await StorageRepository(store.database).look()
     assert all(rollup.lag == timedelta(0) for rollup in look.rollups)
     async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        repository.facts = replace(repository.facts, dropped_before=start + DAY)
         for _, window in await repository.refresh_windows(NOW, start - 1000 * DAY, None):
-            assert window.start >= NOW - 89 * DAY
+            assert window.start == start + DAY, "never over quotes that were dropped"
 
 
-async def test_apply_brings_the_policies_in_line(store: Store) -> None:
+async def test_apply_changes_the_settings_of_the_store_and_its_policies(store: Store) -> None:
     level = store.database.capability.level
     changed = {"QUOTES_RETENTION": "60 days", "QUOTES_COMPRESS_AFTER": "7 days", "QUOTES_CHUNK_INTERVAL": "12 hours"}
     planned = await store.maintain("apply", "--dry-run", environment=changed)
     answer = await store.maintain("apply", environment=changed)
     assert planned["done"] == answer["done"]
     settings = [row["setting"] for row in answer["done"]]
-    assert ("chunk interval" in settings) == (level >= Level.APACHE)
+    assert settings[:3] == ["retention", "chunk interval", "compress after"]
     assert bool(answer["cannot"]) == (level < Level.COMMUNITY)
-    if level >= Level.COMMUNITY:
-        assert len(settings) == 6
+    assert len(settings) == (7 if level >= Level.COMMUNITY else 3)
     assert (await store.maintain("apply", environment=changed))["done"] == []
-    unlimited = await store.maintain("apply", environment=changed | {"QUOTES_RETENTION": "none"})
+    assert (await store.maintain("apply"))["done"] == [], "what is not said stays"
+    unlimited = await store.maintain("apply", "--retention", "none", environment=changed)
     back = await store.maintain("apply", environment=changed)
-    if level >= Level.COMMUNITY:
-        assert {"setting": "retention", "before": "60 days, 0:00:00", "after": None} in unlimited["done"]
-        assert {"setting": "retention", "before": None, "after": "60 days, 0:00:00"} in back["done"]
+    assert {"setting": "retention", "before": "60 days", "after": "none"} in unlimited["done"]
+    assert {"setting": "retention", "before": "none", "after": "60 days"} in back["done"]
     assert (await store.maintain("apply", environment=changed))["done"] == []
+
+
+async def test_a_shorter_retention_says_first_what_goes(store: Store) -> None:
+    level = store.database.capability.level
+    start = (NOW - 50 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 4)
+    bars = await store.quotes.get_bars("AAA", "1d", start, start + 4 * DAY)
+    assert len(bars) == 4
+    planned = await store.maintain("apply", "--retention", "45 days", "--dry-run")
+    assert "quotes before" in planned["will_be_dropped"]
+    assert ("their bars stay" in planned["will_be_dropped"]) == (level >= Level.COMMUNITY)
+    refused = await to_thread.run_sync(lambda: store.invoke("apply", "--retention", "45 days"))
+    assert isinstance(refused.exception, InvalidRequest)
+    assert "--yes" in str(refused.exception)
+    assert (await store.maintain("drop"))["done"] == [], "nothing was changed"
+    await store.maintain("apply", "--retention", "45 days", "--yes")
+    assert len((await store.maintain("drop"))["done"]) == (4 if level >= Level.APACHE else 1)
+    assert await store.quotes.count_quotes("AAA") == 0
+    if level >= Level.COMMUNITY:
+        assert await store.quotes.get_bars("AAA", "1d", start, start + 4 * DAY) == bars
+        # A longer one again brings no quote back: what was dropped is not taken anew, since its bars would be lost.
+        await store.maintain("apply", "--retention", "none")
+        await store.maintain("refresh", "--force")
+        assert await store.quotes.get_bars("AAA", "1d", start, start + 4 * DAY) == bars
+        async with QuoteRepository.open(store.url, store.lane.make_settings(database_url=store.url)) as library:
+            with pytest.raises(InvalidQuotes) as caught:
+                await library.bulk_insert([tick("AAA", start + 3 * DAY, 1)])
+            assert caught.value.rejections[0].code == "timestamp-too-old"
+            assert (await library.bulk_insert([tick("AAA", start + 5 * DAY, 1)])).inserted == 1
+    elif level < Level.APACHE:
+        await store.maintain("apply", "--retention", "none")
+        assert await store.fill("AAA", start, 1) == 144, "no bars outlive their quotes here"
+
+
+async def test_another_setting_than_the_store_has_is_degraded_and_named(store: Store) -> None:
+    """And it changes nothing: neither what is taken nor what is dropped."""
+    settings = store.settings.model_copy(update={"retention": None})
+    async with running(create_app(settings)) as client:
+        report = (await client.get("/health")).json()
+        assert report["overall_status"] == "degraded"
+        detail = report["checks"]["hypertable"]["detail"]
+        assert "QUOTES_RETENTION is none and the store's is 90 days" in detail
+        assert "maintain apply" in detail
+        old = [{"symbol": "AAA", "timestamp": (NOW - 100 * DAY).isoformat(), "price": 1}]
+        refused = await client.post("/v1/quotes", json=old)
+        assert (refused.status_code, refused.json()["errors"][0]["code"]) == (422, "timestamp-too-old")
+        # The one command before a load of history; processes that run follow when they next look.
+        await store.maintain("apply", "--retention", "none")
+        await anyio.sleep(1.1)
+        assert (await client.get("/health")).json()["overall_status"] == "healthy"
+        assert (await client.post("/v1/quotes", json=old)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("chunk", "retention", "compress"),
+    [("1 hour", "4 days", "1 day"), ("8 hours", "5 days", "8 hours"), ("7 days", "none", "30 days")],
+)
+async def test_every_accepted_quote_is_in_its_bars(
+    lane: Lane, empty_url: str, chunk: str, retention: str, compress: str
+) -> None:
+    """At the oldest time that is taken too, after policies, a delete, and the drop of what is too old."""
+    store = Store(lane, empty_url, chunk_interval=chunk, retention=retention, compress_after=compress)
+    await migrate(empty_url, store.settings)
+    await store.database.connect()
+    try:
+        oldest = store.database.facts.oldest(datetime.now(UTC)) or (NOW - 30 * DAY).replace(hour=0, minute=0)
+        assert oldest == oldest.replace(hour=0, minute=0, second=0, microsecond=0)
+        await store.fill("AAA", oldest, 1, timedelta(minutes=30))
+        for job in (await StorageRepository(store.database).look()).jobs:
+            if job.name.startswith("refresh"):
+                async with store.database.dedicated(statement_timeout=timedelta(minutes=1)) as connection:
+                    await patiently(connection, f"CALL run_job({job.id})")
+        for interval in ("1m", "1h", "1d"):
+            bars = await store.quotes.get_bars("AAA", interval, oldest, oldest + DAY, limit=10_000)
+            assert sum(bar.count for bar in bars) == 48, interval
+        assert await store.quotes.delete_quotes("AAA", oldest, oldest + timedelta(hours=2)) == 4
+        (day,) = await store.quotes.get_bars("AAA", "1d", oldest, oldest + DAY)
+        assert day.count == 44
+        await store.maintain("drop")
+        assert await store.quotes.get_bars("AAA", "1d", oldest, oldest + DAY) == [day]
+    finally:
+        await store.database.close()
 
 
 async def test_reorder(store: Store) -> None:

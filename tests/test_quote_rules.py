@@ -395,8 +395,7 @@ def test_limits_of_a_batch() -> None:
 
 
 def test_rows_that_retention_would_drop_are_refused() -> None:
-    limits = Limits.at(NOW, retention=timedelta(days=10), chunk=timedelta(days=1))
-    assert limits.oldest == NOW - timedelta(days=8)
+    limits = Limits.at(NOW, oldest=NOW - timedelta(days=8))
     old = {**GOOD, "timestamp": Nanoseconds(nanoseconds(NOW - timedelta(days=8)) - 1)}
     with pytest.raises(InvalidQuotes) as caught:
         Batch.from_rows([old], Terms(limits))

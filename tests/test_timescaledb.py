@@ -102,7 +102,8 @@ async def test_policies_follow_the_settings(lane: Lane, empty_url: str) -> None:
     database = Database(empty_url, settings)
     async with database.dedicated() as opened:
         found = await jobs(opened)
-    assert '"drop_after": "17520:00:00"' in found["policy_retention", "real_time"]["config"]
+        assert await opened.fetchval("SELECT retention FROM quotes.settings") == timedelta(days=730)
+    assert not any(procedure == "policy_retention" for procedure, _ in found), "it would ask nobody"
     assert '"compress_after": "720:00:00"' in found["policy_compression", "real_time"]["config"]
     for rollup in ROLLUPS:
         config = found["policy_refresh_continuous_aggregate", rollup]["config"]

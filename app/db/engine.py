@@ -30,6 +30,7 @@ from sqlalchemy.pool import NullPool
 from app import metrics
 from app.db import hosts
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
+from app.db.facts import FACTS, Facts
 from app.errors import (
     DatabaseDamaged,
     DatabaseRefused,
@@ -139,16 +140,27 @@ async def detect(connection: Connection) -> Capability:
     return Capability.of(await connection.fetchrow(DETECT) or ())
 
 
+async def read_facts(connection: Connection, default: Facts) -> Facts:
+    """The settings of the store; the default where its schema does not have them yet."""
+    try:
+        row = await connection.fetchrow(FACTS)
+    except asyncpg.UndefinedTableError:
+        row = None
+    return default if row is None else Facts.of(row)
+
+
 class Database:
     """The pools of one database.
 
     Attributes:
         capability: what the server can do, known after `connect()`.
+        facts: the settings of the store, as of `connect()` or the last look at it.
         damaged: when the server last reported an error of its own, in `time.monotonic()`.
         writable: the servers that took writes when the hosts were last looked at, of several hosts.
     """
 
     capability: Capability
+    facts: Facts
     damaged: float = -math.inf
     writable: tuple[hosts.Writable, ...] = ()
 
@@ -161,6 +173,7 @@ class Database:
         self._choosing = asyncio.Lock()
         self._failed: tuple[float, Exception] | None = None
         self._settings = settings
+        self.facts = Facts.first(settings)
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
         self._renewed = -math.inf
@@ -332,6 +345,7 @@ class Database:
         """
         async with self.acquire() as connection:
             self.capability = await detect(connection)
+            self.facts = await read_facts(connection, self.facts)
             if self._server is None:
                 self._server = await self.identify(connection)
 

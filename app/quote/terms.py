@@ -34,19 +34,13 @@ class Limits(msgspec.Struct, frozen=True):
         cls,
         now: datetime,
         *,
-        retention: timedelta | None = None,
-        chunk: timedelta = timedelta(days=1),
+        oldest: datetime | None = None,
         max_rows: int = 1_000_000,
         max_days: int = 366,
         max_bytes: int = 64 * 2**20,
     ) -> Self:
-        """Limits at `now`: sixty seconds ahead at most, and not so old that retention is about to drop it.
-
-        Rollups refresh down to the retention horizon plus one chunk, so rows are taken from one chunk above
-        that: whatever is acknowledged is in the bars before its raw rows are dropped.
-        """
-        oldest = FIRST if retention is None else max(FIRST, now - retention + 2 * chunk)
-        return cls(oldest, now + AHEAD, max_rows, max_days, max_bytes)
+        """Limits at `now`: sixty seconds ahead at most, and not before `oldest`."""
+        return cls(FIRST if oldest is None else max(FIRST, oldest), now + AHEAD, max_rows, max_days, max_bytes)
 
 
 class Terms(msgspec.Struct, frozen=True):

@@ -174,7 +174,6 @@ class Ingest:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._transactions = Transactions(database, settings.commit_timeout)
-        self._chunk = settings.chunk_interval // timedelta(microseconds=1) * 1000
         #: Whether the last transaction met keys that were stored already, of late quotes and of others.
         self._repeats = {True: False, False: False}
         self._whole = Attempt(settings.write_timeout.total_seconds())
@@ -358,7 +357,7 @@ class Ingest:
 
     async def _newest_before(self, connection: Connection, symbol: str, end: int, first: int) -> int | None:
         """The instant of a symbol's newest quote in [`first`, `end`)."""
-        step = self._chunk
+        step = self._database.facts.chunk_interval // timedelta(microseconds=1) * 1000
         while end > first:
             start = max(end - step, first)
             row = await connection.fetchrow(_NEWEST, symbol, *parts(start), *parts(end))
@@ -369,7 +368,7 @@ class Ingest:
 
     async def _oldest_from(self, connection: Connection, symbol: str, start: int, last: int) -> int:
         """The instant of a symbol's oldest quote from `start` on, whose newest is at `last`."""
-        step = self._chunk
+        step = self._database.facts.chunk_interval // timedelta(microseconds=1) * 1000
         while start < last:
             end = min(start + step, last)
             row = await connection.fetchrow(_OLDEST, symbol, *parts(start), *parts(end))

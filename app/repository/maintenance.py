@@ -1,7 +1,7 @@
 """Work on the store that policies do, or that an operator asks for: columnstore, refresh, retention, order, settings.
 
-Invariant: bars outlive their quotes. A refresh never reaches below the retention horizon plus one chunk, so it
-never rebuilds a bar from quotes that were dropped; what is dropped is materialised first. Every step is a
+Invariant: bars outlive their quotes. A refresh never reaches below what retention has dropped, so it never rebuilds a
+bar from quotes that are gone; what is dropped is materialised first. Every step is a
 transaction of its own, small enough to wait for, and done again after an interruption finds the rest.
 """
 
@@ -16,10 +16,12 @@ from typing import Final, Self
 import asyncpg
 
 from app.db.capability import Capability, Level
-from app.db.engine import Connection, Database, detect
+from app.db.engine import Connection, Database, detect, read_facts
+from app.db.facts import Facts
 from app.errors import DatabaseUnavailable
 from app.repository import storage
 from app.repository.storage import Chunk
+from app.settings import DAY as _DAY
 from app.settings import Settings
 
 ROLLUPS: Final = (("ohlc_1m", timedelta(minutes=1)), ("ohlc_1h", timedelta(hours=1)), ("ohlc_1d", timedelta(days=1)))
@@ -28,30 +30,21 @@ _STATEMENT: Final = timedelta(hours=6)  # one chunk, or one refresh of years
 _LOCK_MS: Final = 2_000  # everything on the chunk queues behind a lock that is waited for
 _TRIES: Final = 5
 _DELETE_ROWS: Final = 20_000
-_FIX_SYMBOLS: Final = 200
 _EPOCH: Final = datetime(2000, 1, 3, tzinfo=UTC)
+_RETENTION: Final = "retention"
+_INTERVAL: Final = "chunk interval"
+_COMPRESS: Final = "compress after"
+_UPDATE: Final = "UPDATE quotes.settings SET retention = $1, chunk_interval = $2, compress_after = $3"
+#: Quotes in a chunk, by what the columnstore noted and the planner knows of the rows.
+_ESTIMATE: Final = """
+SELECT (greatest(reltuples, 0) + coalesce((
+    SELECT numrows_pre_compression FROM _timescaledb_catalog.compression_chunk_size
+    WHERE chunk_id = _timescaledb_functions.chunk_id_from_relid(pg_class.oid)), 0))::bigint
+FROM pg_class WHERE oid = $1::text::regclass
+"""
 
 _OLDEST: Final = "SELECT min(first_timestamp) FROM quotes.latest"
-_BEHIND: Final = """
-WITH rollup AS (SELECT mat_hypertable_id AS id, raw_hypertable_id AS source FROM _timescaledb_catalog.continuous_agg
-                WHERE user_view_schema = 'quotes'),
-     entry AS (SELECT lowest_modified_value AS low, greatest_modified_value AS high
-               FROM _timescaledb_catalog.continuous_aggs_hypertable_invalidation_log
-               WHERE hypertable_id IN (SELECT source FROM rollup)
-               UNION ALL
-               SELECT lowest_modified_value, greatest_modified_value
-               FROM _timescaledb_catalog.continuous_aggs_materialization_invalidation_log
-               WHERE materialization_id IN (SELECT id FROM rollup))
-SELECT EXISTS (SELECT FROM entry WHERE high >= _timescaledb_functions.to_unix_microseconds($1)
-                                   AND low < _timescaledb_functions.to_unix_microseconds($2))
-"""
-_REMNANT: Final = """
-SELECT kept.last > stored.last OR kept.mid > stored.mid
-FROM (SELECT coalesce(sum(count), 0) AS last, coalesce(sum(mid_count), 0) AS mid
-      FROM quotes.ohlc_1m WHERE timestamp >= $1 AND timestamp < $2) kept
-CROSS JOIN (SELECT count(price) AS last, count(bid + ask) AS mid
-            FROM quotes.real_time WHERE timestamp >= $1 AND timestamp < $2) stored
-"""
+_BEHIND: Final = "SELECT quotes.bars_behind($1, $2)"
 _DELETE: Final = """
 WITH old AS (SELECT timestamp, nanos FROM quotes.real_time
              WHERE symbol = $1 AND timestamp < $2 ORDER BY timestamp, nanos LIMIT $3)
@@ -59,21 +52,6 @@ DELETE FROM quotes.real_time stored USING old
 WHERE stored.symbol = $1 AND stored.timestamp = old.timestamp AND stored.nanos = old.nanos
 """
 _WITH_OLDER: Final = "SELECT symbol FROM quotes.latest WHERE first_timestamp < $1 ORDER BY symbol"
-# Locked in symbol order as the writers do. Who holds the lock may have seen what this snapshot does not, so the
-# statement that looks at the quotes is one of its own, with a snapshot taken after the locks.
-_LOCK_LATEST: Final = """
-SELECT symbol FROM quotes.latest WHERE first_timestamp < $1 AND symbol > $2 ORDER BY symbol LIMIT $3 FOR UPDATE
-"""
-_FIRST: Final = """
-UPDATE quotes.latest held SET first_timestamp = oldest.timestamp, first_nanos = oldest.nanos
-FROM unnest($1::text[]) AS given (symbol)
-CROSS JOIN LATERAL (SELECT timestamp, nanos FROM quotes.real_time stored
-                    WHERE stored.symbol = given.symbol COLLATE "C" AND stored.timestamp >= $2 AND stored.timestamp < $3
-                    ORDER BY stored.timestamp, stored.nanos LIMIT 1) oldest
-WHERE held.symbol = given.symbol
-RETURNING held.symbol
-"""
-_FORGET: Final = "DELETE FROM quotes.latest WHERE symbol = ANY($1::text[]) AND timestamp < $2"
 _CHUNK_INTERVAL: Final = """
 SELECT time_interval FROM timescaledb_information.dimensions
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
@@ -85,7 +63,7 @@ FROM timescaledb_information.jobs job
 LEFT JOIN timescaledb_information.continuous_aggregates view
        ON view.materialization_hypertable_schema = job.hypertable_schema
       AND view.materialization_hypertable_name = job.hypertable_name
-JOIN (VALUES ('policy_compression', 'compress_after'), ('policy_retention', 'drop_after'),
+JOIN (VALUES ('policy_compression', 'compress_after'),
              ('policy_refresh_continuous_aggregate', 'start_offset')) AS keys (procedure, key)
      ON keys.procedure = job.proc_name
 WHERE job.hypertable_schema = 'quotes' OR view.view_schema = 'quotes'
@@ -102,20 +80,29 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting of the database that differs from the service's; None: there is no such policy."""
+    """What of the store differs from what is wanted; None: all quotes are kept, or there is no such policy."""
 
     what: str
     before: timedelta | None
     after: timedelta | None
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a retention takes at its next run: chunks, or on a plain table quotes; `rows` is the server's estimate."""
+
+    chunks: list[Chunk]
+    rows: int
+    before: datetime
+
+
 class MaintenanceRepository:
     """One connection for a piece of maintenance, and the server's level, which decides what can be done."""
 
-    def __init__(self, connection: Connection, capability: Capability, settings: Settings) -> None:
+    def __init__(self, connection: Connection, capability: Capability, facts: Facts) -> None:
         self._connection = connection
-        self._settings = settings
         self.capability = capability
+        self.facts = facts
 
     @classmethod
     @asynccontextmanager
@@ -128,7 +115,8 @@ class MaintenanceRepository:
         """
         async with database.dedicated(statement_timeout=_STATEMENT) as connection:
             await connection.execute(f"SET lock_timeout = {_LOCK_MS}; SET application_name = 'opa-quotes maintain'")
-            yield cls(connection, await detect(connection), settings)
+            capability = await detect(connection)
+            yield cls(connection, capability, await read_facts(connection, Facts.first(settings)))
 
     # --- what there is to do ---
 
@@ -136,36 +124,35 @@ class MaintenanceRepository:
         """The chunks of the raw quotes by time."""
         return await storage.chunks(self._connection, self.capability.level)
 
-    def cutoff(self, now: datetime) -> datetime | None:
-        """Quotes before this are past their retention: a whole number of chunks; None where all are kept."""
-        retention = self._settings.effective_retention
-        if retention is None:
-            return None
-        return (now - retention) - ((now - retention) - _EPOCH) % self._settings.chunk_interval
-
-    def floor(self, now: datetime) -> datetime | None:
-        """Below this, quotes may have been dropped and no bar may be rebuilt."""
-        retention = self._settings.effective_retention
-        return None if retention is None else now - retention + self._settings.chunk_interval
-
     async def due(self, now: datetime) -> list[Chunk]:
         """Chunks old enough for the columnstore."""
-        return [chunk for chunk in await self.chunks() if chunk.end <= now - self._settings.compress_after]
+        return [chunk for chunk in await self.chunks() if chunk.end <= now - self.facts.compress_after]
 
     async def expired(self, now: datetime) -> list[Chunk]:
         """Chunks that are past their retention as a whole."""
-        cutoff = self.cutoff(now)
+        cutoff = self.facts.cutoff(now)
         return [] if cutoff is None else [chunk for chunk in await self.chunks() if chunk.end <= cutoff]
 
-    async def below_floor(self, now: datetime) -> list[Chunk]:
-        """Chunks that a refresh does not reach, or not as a whole: those that retention is about to take."""
-        floor = self.floor(now)
-        return [] if floor is None else [chunk for chunk in await self.chunks() if chunk.start < floor]
+    async def loss(self, wanted: Facts, now: datetime) -> Loss | None:
+        """What other settings would take that those of now do not; None if nothing."""
+        cutoff = wanted.cutoff(now)
+        if cutoff is None:
+            return None
+        if self.capability.level < Level.APACHE:
+            rows = await self._expired_rows(cutoff)
+            return Loss([], rows, cutoff) if rows else None
+        chunks = [chunk for chunk in await self.chunks() if chunk.end <= cutoff]
+        rows = sum([await self._connection.fetchval(_ESTIMATE, chunk.name) for chunk in chunks])
+        return Loss(chunks, rows, cutoff) if chunks else None
 
     async def expired_rows(self, now: datetime) -> int:
         """Quotes of a plain table that are past their retention."""
+        cutoff = self.facts.cutoff(now)
+        return 0 if cutoff is None else await self._expired_rows(cutoff)
+
+    async def _expired_rows(self, cutoff: datetime) -> int:
         count: int = await self._connection.fetchval(
-            "SELECT count(*) FROM quotes.real_time WHERE timestamp < $1", self.cutoff(now)
+            "SELECT count(*) FROM quotes.real_time WHERE timestamp < $1", cutoff
         )
         return count
 
@@ -193,7 +180,7 @@ class MaintenanceRepository:
         if first is None:
             return []
         last = min(end or now, now)
-        floor = self.floor(now)
+        floor = self.facts.dropped_before
         found = []
         for name, width in ROLLUPS:
             low, high = first - (first - _EPOCH) % width, last + (_EPOCH - last) % width
@@ -214,32 +201,29 @@ class MaintenanceRepository:
 
     # --- retention ---
 
-    async def settle(self, chunk: Chunk) -> bool:
-        """Complete the bars of a chunk that lies below the floor, before it is dropped; whether there was a need.
+    async def behind(self, chunk: Chunk) -> bool:
+        """Whether bars of a chunk's quotes lack something, which is completed before it is dropped."""
+        dropped = self.facts.dropped_before
+        if self.capability.level < Level.COMMUNITY or (dropped is not None and chunk.start < dropped):
+            return False
+        behind: bool = await self._connection.fetchval(_BEHIND, chunk.start, chunk.end)
+        return behind
 
-        If the bars count more quotes than the chunk holds, the chunk is a remnant of one that was dropped, from
-        which no bar may be rebuilt.
+    async def drop(self) -> None:
+        """Drop the chunks that are past their retention, once their bars are complete, as the job does.
+
+        The first time of each symbol is set to its oldest stored quote; symbols without any are forgotten.
         """
-        if self.capability.level < Level.COMMUNITY or not await self._connection.fetchval(
-            _BEHIND, chunk.start, chunk.end
-        ):
-            return False
-        if await self._connection.fetchval(_REMNANT, chunk.start, chunk.end):
-            return False
-        for name, width in ROLLUPS:
-            # The coarser ones are built on the one below, which is complete on both sides of the chunk.
-            low = chunk.start - (chunk.start - _EPOCH) % width
-            await self.refresh(name, Window(low, chunk.end + (_EPOCH - chunk.end) % width))
-        return True
+        await self._patiently("CALL quotes.apply_retention(NULL, NULL)")
 
-    async def drop(self, chunk: Chunk) -> None:
-        """Drop a chunk that is past its retention, and is settled; its bars stay."""
-        end = _literal(chunk.end.isoformat())
-        await self._patiently(f"SELECT drop_chunks('quotes.real_time', older_than => {end}::timestamptz)")
+    async def mend_first(self, now: datetime) -> None:
+        """As `drop` ends, where quotes of a plain table were deleted."""
+        if (cutoff := self.facts.cutoff(now)) is not None:
+            await self._patiently(f"CALL quotes.mend_first({_literal(cutoff.isoformat())})")
 
     async def delete(self, now: datetime) -> AsyncIterator[int]:
         """Delete quotes that are past their retention from a plain table, by the key; how many at each step."""
-        cutoff = self.cutoff(now)
+        cutoff = self.facts.cutoff(now)
         for (symbol,) in await self._connection.fetch(_WITH_OLDER, cutoff):
             deleted = _DELETE_ROWS
             while deleted == _DELETE_ROWS:
@@ -247,83 +231,59 @@ class MaintenanceRepository:
                 deleted = int(status.split()[-1])
                 yield deleted
 
-    async def fix_first(self, now: datetime) -> tuple[int, int]:
-        """Bring `quotes.latest` in line with what was dropped: symbols whose first quote changed, symbols gone."""
-        cutoff = self.cutoff(now)
-        if cutoff is None:
-            return 0, 0
-        chunks = await self.chunks()
-        horizon = min([cutoff, *(chunk.start for chunk in chunks[:1])]) if chunks else cutoff
-        moved = gone = 0
-        last = ""
-        while True:
-            async with self._connection.transaction():
-                symbols = [row[0] for row in await self._connection.fetch(_LOCK_LATEST, horizon, last, _FIX_SYMBOLS)]
-                if not symbols:
-                    return moved, gone
-                last = symbols[-1]
-                left = set(symbols)
-                start, width = horizon, 8 * self._settings.chunk_interval
-                while left and start <= now:
-                    rows = await self._connection.fetch(_FIRST, sorted(left), start, start + width)
-                    moved += len(rows)
-                    left -= {row[0] for row in rows}
-                    start, width = start + width, 2 * width
-                status = await self._connection.execute(_FORGET, sorted(left), horizon)
-                gone += int(status.split()[-1])
-
     # --- settings ---
 
-    async def differences(self) -> list[Change]:
-        """Where the database departs from the settings, as far as the level has such things."""
-        if self.capability.level < Level.APACHE:
-            return []
-        settings = self._settings
+    async def differences(self, wanted: Facts, now: datetime) -> list[Change]:
+        """Where the store departs from what is wanted, as far as the level has such things."""
         found = []
-        interval = await self._connection.fetchval(_CHUNK_INTERVAL)
-        if interval != settings.chunk_interval:
-            found.append(Change("chunk interval", interval, settings.chunk_interval))
+        if self.facts.retention != wanted.retention:
+            found.append(Change(_RETENTION, self.facts.retention, wanted.retention))
+        interval, compress = self.facts.chunk_interval, self.facts.compress_after
+        if self.capability.level >= Level.APACHE:
+            interval = await self._connection.fetchval(_CHUNK_INTERVAL)
+        if interval != wanted.chunk_interval or self.facts.chunk_interval != wanted.chunk_interval:
+            found.append(Change(_INTERVAL, interval, wanted.chunk_interval))
+        if compress != wanted.compress_after:
+            found.append(Change(_COMPRESS, compress, wanted.compress_after))
         if self.capability.level >= Level.COMMUNITY:
             present = {row["relation"] + row["key"]: row["value"] for row in await self._connection.fetch(_POLICIES)}
-            for what, key, wanted in self._policies():
-                if present.get(key) != wanted:
-                    found.append(Change(what, present.get(key), wanted))
+            for what, key, span in self._policies(wanted, now):
+                if present.get(key) != span:
+                    found.append(Change(what, present.get(key), span))
         return found
 
-    def _policies(self) -> Sequence[tuple[str, str, timedelta | None]]:
-        settings = self._settings
-        retention = settings.effective_retention
-        start = UNLIMITED if retention is None else retention - settings.chunk_interval
+    def _policies(self, wanted: Facts, now: datetime) -> Sequence[tuple[str, str, timedelta]]:
+        # A refresh over quotes that were dropped would take their bars. Where a retention was raised after it had
+        # dropped, its window begins there and not at the new edge.
+        start = UNLIMITED if wanted.retention is None else wanted.retention - wanted.chunk_interval
+        if self.facts.dropped_before is not None:
+            start = min(start, (now - self.facts.dropped_before) // _DAY * _DAY)
         return [
-            ("columnstore after", "real_timecompress_after", settings.compress_after),
-            ("retention", "real_timedrop_after", retention),
-            *((f"refresh of {name} from", f"{name}start_offset", start) for name, _ in ROLLUPS),
+            ("policy columnstore", "real_timecompress_after", wanted.compress_after),
+            *((f"policy refresh of {name} from", f"{name}start_offset", start) for name, _ in ROLLUPS),
         ]
 
-    async def apply(self) -> None:
-        """Bring chunk interval and policies in line with the settings, at once or not at all."""
-        changes = {change.what: change for change in await self.differences()}
+    async def apply(self, wanted: Facts, now: datetime) -> None:
+        """Make the settings of the store those wanted, and chunk interval and policies with them, at once or not."""
+        changes = {change.what for change in await self.differences(wanted, now)}
         async with self._connection.transaction():
-            # The narrower of refresh and retention first would be unsafe in between; one transaction has no between.
-            policies = {
-                row["relation"] + row["key"]: row for row in await self._connection.fetch(_POLICIES)
-            } if self.capability.level >= Level.COMMUNITY else {}  # fmt: skip
-            if "chunk interval" in changes:
-                interval = _interval(self._settings.chunk_interval)
+            await self._connection.execute(_UPDATE, wanted.retention, wanted.chunk_interval, wanted.compress_after)
+            if _INTERVAL in changes and self.capability.level >= Level.APACHE:
+                interval = _interval(wanted.chunk_interval)
                 await self._connection.execute(f"SELECT set_chunk_time_interval('quotes.real_time', {interval})")
-            for what, key, wanted in self._policies():
+            if self.capability.level < Level.COMMUNITY:
+                return
+            policies = {row["relation"] + row["key"]: row for row in await self._connection.fetch(_POLICIES)}
+            for what, key, span in self._policies(wanted, now):
                 if what not in changes:
                     continue
-                policy = policies.get(key)
-                if wanted is None:
-                    await self._connection.execute("SELECT remove_retention_policy('quotes.real_time')")
-                elif policy is not None:
-                    merged = _literal(json.dumps({policy["key"]: f"{int(wanted.total_seconds())} seconds"}))
+                if (policy := policies.get(key)) is not None:
+                    merged = _literal(json.dumps({policy["key"]: f"{int(span.total_seconds())} seconds"}))
                     await self._connection.execute(f"""
                         SELECT alter_job(job_id, config => config || {merged}::jsonb)
                         FROM timescaledb_information.jobs WHERE job_id = {policy["job_id"]}""")
                 else:
-                    await self._connection.execute(_ADD[key].format(span=_interval(wanted)))
+                    await self._connection.execute(_ADD[key].format(span=_interval(span)))
 
     async def _patiently(self, statement: str) -> None:
         """Run a statement that takes a strong lock, giving way to who is in line each time it does not get it.
@@ -346,7 +306,6 @@ class MaintenanceRepository:
 
 _ADD: Final = {
     "real_timecompress_after": "CALL add_columnstore_policy('quotes.real_time', after => {span})",
-    "real_timedrop_after": "SELECT add_retention_policy('quotes.real_time', drop_after => {span})",
     **{
         f"{name}start_offset": f"SELECT add_continuous_aggregate_policy('quotes.{name}', start_offset => {{span}},"
         f" end_offset => interval '{end}', schedule_interval => interval '{every}', buckets_per_batch => {buckets})"

@@ -135,11 +135,11 @@ class QuoteRepository:
         return result
 
     def limits(self) -> Limits:
-        """What one batch may carry now, by the settings."""
+        """What one batch may carry now, by the settings and those of the store."""
+        now = datetime.now(UTC)
         return Limits.at(
-            datetime.now(UTC),
-            retention=self._settings.effective_retention,
-            chunk=self._settings.chunk_interval,
+            now,
+            oldest=self._database.facts.oldest(now),
             max_rows=self._settings.max_batch_rows,
             max_days=self._settings.max_batch_days,
             max_bytes=self._settings.max_body_bytes,
@@ -354,9 +354,7 @@ class QuoteRepository:
         return text, last if count > limit else None
 
     def _sources(self) -> bars.Sources:
-        retention = self._settings.effective_retention
-        floor = None if retention is None else datetime.now(UTC) - retention + self._settings.chunk_interval
-        return bars.Sources(self._database.capability.level >= Level.COMMUNITY, floor)
+        return bars.Sources(self._database.capability.level >= Level.COMMUNITY, self._database.facts.dropped_before)
 
     async def _fetch(self, statement: str, argument: Arguments) -> list[Any]:
         return await self._read(lambda connection: connection.fetch(statement, *argument.values))

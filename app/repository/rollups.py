@@ -42,6 +42,9 @@ FROM rollup CROSS JOIN LATERAL (
     SELECT lowest_modified_value, greatest_modified_value
     FROM _timescaledb_catalog.continuous_aggs_materialization_ranges WHERE materialization_id = rollup.id) entry
 WHERE entry.greatest_modified_value >= $1 AND entry.lowest_modified_value < $2
+UNION ALL
+SELECT NULL, _timescaledb_functions.to_unix_microseconds(dropped_before), NULL
+FROM quotes.settings WHERE dropped_before IS NOT NULL
 """
 
 Span = tuple[datetime, datetime]
@@ -61,14 +64,19 @@ async def stretches(
 ) -> list[Stretch]:
     """Cut [`start`, `end`) (aware) into stretches, read from `source` wherever it is up to date.
 
-    `floor` is raised to a midnight, so that no bucket that is read from below it reaches above it.
+    `floor`, a midnight, may be of a while ago; that of now comes with the log.
     """
-    lowest = start if floor is None else max(start, floor + (EPOCH - floor) % ROLLUPS[0][1])
+    if floor is not None and floor >= end:
+        return [Stretch(source, start, end)]
+    rows = await connection.fetch(_INVALID, microseconds(start), microseconds(end))
+    dropped = [_moment(first, start, end) for name, first, _ in rows if name is None]
+    lowest = max([start, *dropped])
     if lowest >= end:
         return [Stretch(source, start, end)]
-    rows = await connection.fetch(_INVALID, microseconds(lowest), microseconds(end))
     invalid: dict[str, list[Span]] = {}
     for name, first, last in rows:
+        if name is None or last < microseconds(lowest):
+            continue
         invalid.setdefault(name, []).append((_moment(first, lowest, end), _moment(last + 1, lowest, end)))
     names = [name for name, _ in ROLLUPS]
     return cut(ROLLUPS[names.index(source) :], start, end, invalid)

@@ -66,7 +66,7 @@ _SIZE: Final = "SELECT pg_database_size(current_database())"
 _ENDS: Final = "SELECT min(first_timestamp), max(timestamp) FROM quotes.latest"
 # A refresh job names its view, or in older versions the hypertable behind it.
 _JOBS: Final = """
-SELECT CASE proc_name WHEN 'policy_compression' THEN 'columnstore' WHEN 'policy_retention' THEN 'retention'
+SELECT CASE proc_name WHEN 'policy_compression' THEN 'columnstore' WHEN 'apply_retention' THEN 'retention'
            WHEN 'policy_refresh_continuous_aggregate'
            THEN 'refresh ' || coalesce(view.view_name, job.hypertable_name) ELSE proc_name END AS name,
        job.job_id, job.scheduled, job.schedule_interval, stats.last_run_started_at, stats.last_successful_finish,
@@ -77,7 +77,7 @@ LEFT JOIN timescaledb_information.job_stats stats USING (job_id)
 LEFT JOIN timescaledb_information.continuous_aggregates view
        ON view.materialization_hypertable_schema = job.hypertable_schema
       AND view.materialization_hypertable_name = job.hypertable_name
-WHERE job.hypertable_schema = 'quotes' OR view.view_schema = 'quotes'
+WHERE 'quotes' IN (job.hypertable_schema, view.view_schema, job.proc_schema)
 ORDER BY job.job_id
 """
 

@@ -12,7 +12,8 @@ from typing import Final
 
 from app.db import hosts
 from app.db.capability import DETECT, Capability
-from app.db.engine import Connection, Database
+from app.db.engine import Connection, Database, read_facts
+from app.db.facts import Facts
 from app.db.hosts import Writable
 
 _TABLE: Final = """
@@ -62,8 +63,8 @@ class Observation:
     `chunks` is None where `quotes.real_time` is no hypertable; `revision` is None where nothing was migrated.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
-    own. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or on a
-    standby.
+    own; `facts` are the settings of the store. `store` is another text wherever quotes that were acknowledged may not
+    be there; None without a table, or on a standby.
     """
 
     capability: Capability
@@ -77,6 +78,7 @@ class Observation:
     waiting: timedelta = timedelta(0)
     damaged: timedelta | None = None
     store: str | None = None
+    facts: Facts | None = None
 
 
 class SystemRepository:
@@ -105,10 +107,24 @@ class SystemRepository:
             waiting = await connection.fetchval(_WAITING)
             identifier = (await hosts.control(connection)).system
             store = await connection.fetchval(_STORE, str(identifier)) if exists else None
+            self._database.facts = await read_facts(connection, self._database.facts)
         since = time.monotonic() - self._database.damaged
         damaged = timedelta(seconds=since) if math.isfinite(since) else None
         host, writable = self._database.host, self._database.writable
-        return Observation(capability, exists, key, chunks, revision, clock, host, writable, waiting, damaged, store)
+        return Observation(
+            capability,
+            exists,
+            key,
+            chunks,
+            revision,
+            clock,
+            host,
+            writable,
+            waiting,
+            damaged,
+            store,
+            self._database.facts,
+        )
 
     async def _difference(self, connection: Connection) -> ClockDifference:
         """Compare the clocks: the server looked at its own at some moment between question and answer."""

@@ -1,9 +1,14 @@
 """Several servers that take writes, real ones: which is written to, who is told, and what is lost."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from app.db.hosts import Control, Server, choose, name_of
 from app.db.migrate import migrate
 from app.errors import DatabaseUnavailable
 from app.main import create_app
+from app.repository.system import SystemRepository
 from app.settings import Settings
 from tests.conftest import random_symbol, running
 from tests.test_replicas import Client, _writes, connected, crash, primary_of_its_own, standby_of, within
@@ -147,7 +153,7 @@ async def test_two_servers_take_writes(shared_dir: Path) -> None:
             promote(two)
 
             async def told() -> bool:
-                return (await database_check(http))["status"] == "degraded"
+                return str((await database_check(http))["status"]) == "degraded"
 
             took = await within(5, told)
             print(f"moved to the promoted server after {took:.1f} s")  # noqa: T201  a measurement
@@ -205,4 +211,239 @@ async def _only(count: int) -> bool:
 
 
 async def _unhealthy(http: httpx.AsyncClient) -> bool:
-    return (await database_check(http))["status"] == "unhealthy"
+    return str((await database_check(http))["status"]) == "unhealthy"
+
+
+async def test_one_server_under_two_names_and_another_database(shared_dir: Path) -> None:
+    directory = shared_dir / random_symbol()
+    with primary_of_its_own(directory / "one") as one, primary_of_its_own(directory / "other") as other:
+        alias = replace(one, socket=directory / "alias")
+        alias.socket.symlink_to(one.socket)
+        both = settings(one, alias)
+        async with running(create_app(both)) as http:
+            assert (await database_check(http))["status"] == "healthy"
+            assert writable_servers() == 1
+        with pytest.raises(DatabaseUnavailable, match="not copies of one database"):
+            await reached(one, other)
+        with pytest.raises(DatabaseUnavailable, match="not copies of one database"):
+            async with running(create_app(settings(one, other))):
+                pass  # pragma: no cover  it does not start
+
+        # One that comes up later is told of, and not written to.
+        crash(other)
+        async with running(create_app(settings(one, other))) as http:
+            client = Client(http)
+            other.start()
+            await within(5, lambda: _only(2))
+            assert await client.write(1) == 200
+            crash(one)
+            assert await client.write(2) == 503
+            await within(5, lambda: _unhealthy(http))
+            assert "its system identifier is not that" in (await database_check(http))["detail"]
+            one.start()
+            await within(10, lambda: _writes(client, 2))
+
+
+class Address:
+    """An address that leads to one server or to another, as a virtual IP or a balancer does."""
+
+    def __init__(self, target: _Cluster) -> None:
+        self.target = target
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_unix_connection(self.target.socket / ".s.PGSQL.5432")
+        await asyncio.gather(self._pipe(reader, there[1]), self._pipe(there[0], writer))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def listening(serve: Any) -> AsyncIterator[int]:
+    """The port of a server whose connections end with the block."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def kept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await serve(reader, writer)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(kept, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_address_that_moves(shared_dir: Path) -> None:
+    """Old connections stay with the old server, which takes their writes: the next health check ends that."""
+    directory = shared_dir / random_symbol()
+    with primary_of_its_own(directory / "one") as one, standby_of(one, directory / "two") as two:
+        address = Address(one)
+        async with listening(address.serve) as port:
+            database = Database(f"postgresql://quotes@127.0.0.1:{port}/quotes", settings(one))
+            await database.connect()
+            system = SystemRepository(database)
+
+            async def written_to() -> Path:
+                async with database.acquire() as connection:
+                    return Path(await connection.fetchval("SHOW unix_socket_directories"))
+
+            address.target = two
+            promote(two)
+            assert await written_to() == one.socket
+            await system.observe(5)
+            assert await written_to() == two.socket
+            await database.close()
+
+
+async def test_a_host_that_does_not_answer_holds_up_no_connection(shared_dir: Path) -> None:
+    held = 0
+
+    async def hole(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        nonlocal held
+        held += 1
+        while await reader.read(65536):
+            pass
+
+    with primary_of_its_own(shared_dir / random_symbol()) as one:
+        async with listening(hole) as port, AsyncExitStack() as stack:
+            hosts = f"postgresql://quotes@/quotes?host=127.0.0.1,{one.socket}&port={port},5432"
+            database = Database(hosts, settings(one))
+            await database.connect()
+            assert held == 1
+            for _ in range(10):
+                await stack.enter_async_context(database.acquire())
+            assert held == 1, "only the first connection looked at all hosts"
+            # When the server restarts, all are looked at again, once for all connections that are opened then.
+            await stack.aclose()
+            crash(one)
+            one.start()
+
+            async def noticed() -> bool:
+                return not database._vouched()
+
+            await within(5, noticed)
+
+            async def use() -> int:
+                async with database.acquire() as connection:
+                    await asyncio.sleep(0.2)
+                    return int(await connection.fetchval("SELECT 1"))
+
+            assert await asyncio.gather(*(use() for _ in range(5))) == [1] * 5
+            assert held == 2
+            await database.close()
+
+
+class Feed:
+    """A client that sends quotes one after the other, each until it is acknowledged."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.symbol = random_symbol()
+        self.acknowledged: list[tuple[float, int]] = []
+        self.stopped = False
+
+    async def run(self) -> None:
+        number = 0
+        while not self.stopped:
+            number += 1
+            moment = datetime(2026, 11, 16, 12, tzinfo=UTC) + timedelta(microseconds=number)
+            quote = {"symbol": self.symbol, "timestamp": moment.isoformat(), "price": number}
+            await within(30, partial(self._send, quote))
+            self.acknowledged.append((time.monotonic(), number))
+
+    async def _send(self, quote: dict[str, Any]) -> bool:
+        return (await self.http.post("/v1/quotes", json=[quote])).status_code == 200
+
+    def since(self, moment: float) -> int:
+        return sum(at > moment for at, _ in self.acknowledged)
+
+    async def wait(self, count: int) -> None:
+        """Until that many more were acknowledged."""
+        now = time.monotonic()
+
+        async def done() -> bool:
+            return self.since(now) >= count
+
+        await within(20, done)
+
+
+def processes(server: _Cluster, pids: list[int]) -> list[int]:
+    return [int((server.data / "postmaster.pid").read_text().split()[0]), *pids]
+
+
+@pytest.mark.parametrize("synchronous", [False, True], ids=["asynchronous", "synchronous"])
+async def test_what_was_acknowledged_outlives_its_primary(shared_dir: Path, synchronous: bool) -> None:
+    """The primary hangs, a standby is gone, the other is promoted, and the old primary wakes up and takes writes."""
+    with three(shared_dir / random_symbol()) as (one, two, third):
+        async with connected(one) as admin:
+            if synchronous:
+                await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (two, three)'")
+            # Else the log that pg_rewind reads may be gone.
+            await admin.execute("ALTER SYSTEM SET wal_keep_size = '1GB'")
+            await admin.execute("SELECT pg_reload_conf()")
+        async with running(create_app(settings(one, two, third))) as http:
+            feeds = [Feed(http) for _ in range(4)]
+            tasks = [asyncio.create_task(feed.run()) for feed in feeds]
+            await asyncio.gather(*(feed.wait(50) for feed in feeds))
+            crash(third)
+            await asyncio.gather(*(feed.wait(50) for feed in feeds))
+            async with connected(one) as admin:
+                rows = await admin.fetch("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            frozen = processes(one, [row[0] for row in rows])
+            for pid in frozen:
+                os.kill(pid, signal.SIGSTOP)
+            hung = time.monotonic()
+            await asyncio.sleep(2)
+            promoting = time.monotonic()
+            await asyncio.to_thread(promote, two)
+            await asyncio.gather(*(feed.wait(50) for feed in feeds))
+            first = min(at for feed in feeds for at, _ in feed.acknowledged if at > promoting)
+            for pid in frozen:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            # Two take writes: a new process goes where the others are.
+            assert await reached(one, two, third) == two.socket
+            await asyncio.gather(*(feed.wait(50) for feed in feeds))
+            await within(5, lambda: _only(2))
+
+            # It comes back as a standby of its successor, as the documentation says.
+            await asyncio.to_thread(one.run, "pg_ctl", "stop", "--mode=fast", "--wait")
+            source = f"host={two.socket} user=quotes dbname=quotes"
+            await asyncio.to_thread(one.run, "pg_rewind", f"--source-server={source}", "--write-recovery-conf")
+            await asyncio.to_thread(one.start)
+            await within(5, lambda: _only(1))
+            await asyncio.gather(*(feed.wait(50) for feed in feeds))
+            for feed in feeds:
+                feed.stopped = True
+            await asyncio.gather(*tasks)
+
+            sent = {feed.symbol: {number for _, number in feed.acknowledged} for feed in feeds}
+            lost = {symbol: numbers - await stored(two, symbol) for symbol, numbers in sent.items()}
+            total = sum(map(len, sent.values()))
+            missing = sum(map(len, lost.values()))
+            print(  # noqa: T201  a measurement
+                f"{total} acknowledged, {missing} lost; writes back {first - promoting:.1f} s after the promotion,"
+                f" {first - hung:.1f} s after the primary hung"
+            )
+            # Each client waits for its answer, so that asynchronous replication can lose one of each at most.
+            assert missing <= (0 if synchronous else len(feeds))
+
+            async def replayed() -> bool:
+                return all([await stored(one, symbol) >= sent[symbol] - lost[symbol] for symbol in sent])
+
+            await within(10, replayed)

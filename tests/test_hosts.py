@@ -310,6 +310,20 @@ async def test_an_address_that_moves(shared_dir: Path) -> None:
             await database.close()
 
 
+async def test_whoever_finds_the_new_primary_breaks_what_waits_for_the_old_one(shared_dir: Path) -> None:
+    directory = shared_dir / random_symbol()
+    with primary_of_its_own(directory / "one") as one, standby_of(one, directory / "two") as two:
+        database = Database(url(one, two), settings(one, two))
+        await database.connect()
+        async with database.acquire() as old:
+            promote(two)
+            database.doubt()
+            async with database.acquire() as new:
+                assert await new.fetchval("SHOW unix_socket_directories") == str(two.socket)
+            assert old.is_closed()
+        await database.close()
+
+
 async def test_a_host_that_does_not_answer_holds_up_no_connection(shared_dir: Path) -> None:
     held = 0
 

@@ -289,8 +289,12 @@ class Database:
             if isinstance(error, DatabaseUnavailable):
                 metrics.DB_ERRORS.labels("connection").inc()
             raise
-        self._host, self._server = found.place, found.seen[found.place]
         self._opened[found.connection] = (began, found.place)  # before another one asks who vouches
+        if found.place != self._host:
+            # A commit to a server that hangs holds up the writes behind it for as long as it is waited for.
+            self._host = found.place
+            self.terminate(others=True)
+        self._server = found.seen[found.place]
         self.tell_writable(self._names, found.seen)
         return found.place, found.connection
 

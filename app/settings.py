@@ -132,7 +132,10 @@ class Settings(BaseSettings):
         description="Connections kept open. 0 opens one per operation, for a transaction pooler in front.",
     )
     pool_overflow: int = Field(default=20, ge=0, description="Connections opened above `pool_size` under load.")
-    pool_timeout: Duration = Field(default=timedelta(seconds=5), description="Longest wait for a connection.")
+    pool_timeout: Duration = Field(
+        default=timedelta(seconds=5),
+        description="Longest wait for a connection; one that is opened has a second at least.",
+    )
     statement_timeout: Duration = Field(
         default=timedelta(seconds=5), description="Longest run of one read before it is refused with 503."
     )

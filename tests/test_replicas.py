@@ -17,9 +17,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
-from app.db.engine import Connection
+from app.db.engine import Connection, Database
 from app.db.hosts import Server, hosts_of
 from app.db.replicas import ReplicatedDatabase
+from app.errors import DatabaseUnavailable
 from app.main import create_app
 from app.settings import Settings
 from tests.conftest import random_symbol, running
@@ -383,6 +384,27 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
                 for pid in frozen:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_read_that_needs_a_new_connection_to_a_server_that_hangs(shared_dir: Path) -> None:
+    with primary_of_its_own(shared_dir / random_symbol()) as primary:
+        settings = Settings(_env_file=None, pool_timeout="1 s", statement_timeout="1 s", require_timescaledb="none")
+        postmaster = int((primary.data / "postmaster.pid").read_text().split()[0])
+        for hosts in (f"{primary.socket}", f"{primary.socket},{primary.socket}"):
+            database = Database(f"postgresql://quotes@/quotes?host={hosts}", settings)
+            await database.connect()
+            async with database.acquire():
+                os.kill(postmaster, signal.SIGSTOP)
+                try:
+                    began = time.monotonic()
+                    with pytest.raises(DatabaseUnavailable):
+                        await database.read(lambda connection: connection.fetchval("SELECT 1"))
+                    # 1 + 1 + 0.5, and as much again for a machine that is busy.
+                    assert time.monotonic() - began < 5
+                finally:
+                    os.kill(postmaster, signal.SIGCONT)
+            assert await database.read(lambda connection: connection.fetchval("SELECT 1")) == 1
+            await database.close()
 
 
 def test_a_standby_of_another_history_stays_out(pair: Pair) -> None:

@@ -13,8 +13,9 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -51,6 +52,10 @@ T = TypeVar("T")
 Work: TypeAlias = Callable[[Connection], Awaitable[T]]
 #: The server ends a read that runs over its time by itself; one that says nothing for this much longer hangs.
 _SILENCE: Final = 0.5
+#: Seconds that opening a connection has at least: a handful of round trips over a network, and a server's fork.
+_OPENING: Final = 1.0
+#: The pool itself says first that all of its connections are busy.
+_AFTER_POOL: Final = 0.1
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
 _RENEW_INTERVAL: Final = 1.0
 #: What the driver raises when it cannot speak to a server, or not any longer.
@@ -177,6 +182,8 @@ class Database:
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
         self._renewed = -math.inf
+        #: Longest wait for a pooled connection, its opening included.
+        self._patience = max(settings.pool_timeout.total_seconds(), _OPENING)
         # Reads that hang, as behind a lock on an old chunk, must not take the connections of the writes.
         most = settings.pool_size + settings.pool_overflow - (2 * settings.writer_flushes if role == "primary" else 0)
         self._reads = asyncio.Semaphore(max(most, 1)) if settings.pool_size else None
@@ -194,7 +201,8 @@ class Database:
                 "pool_recycle": 3600,
             }
         )
-        self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=self.open, **pool)
+        opening = partial(self.open, self._patience)
+        self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=opening, **pool)
         event.listen(self.engine.sync_engine, "checkout", self._refuse_stale)
 
     def _refuse_stale(self, connection: Any, *_: object) -> None:
@@ -369,16 +377,18 @@ class Database:
             raise
 
     @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Connection]:
-        """A pooled connection.
+    async def acquire(self, within: float = math.inf) -> AsyncIterator[Connection]:
+        """A pooled connection, opened if none is there; it is waited for `pool_timeout`, or `within` so many seconds.
 
         Raises:
-            DatabaseUnavailable: no connection, or it broke.
+            DatabaseUnavailable: no connection in that time, or it broke.
             QueryTimeout: a statement ran over its time.
         """
         with self._translated():
             asked = time.perf_counter()
-            async with self.engine.connect() as pooled:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(min(self._patience + _AFTER_POOL, within)):
+                    pooled = await stack.enter_async_context(self.engine.connect())
                 self._wait.observe(time.perf_counter() - asked)
                 raw = await pooled.get_raw_connection()
                 driver = cast("Connection", raw.driver_connection)
@@ -405,44 +415,52 @@ class Database:
             QueryTimeout: a statement ran over its time.
         """
         del consistency
-        return await self._read_primary(work)
+        return await self._read_primary(work, self.deadline())
 
-    async def _read_primary(self, work: Work[T]) -> T:
+    def deadline(self) -> float:
+        """When a read that begins now has to be answered, whatever it waits for, in `time.monotonic()`."""
+        return time.monotonic() + self._patience + self._settings.statement_timeout.total_seconds() + _SILENCE
+
+    async def _read_primary(self, work: Work[T], deadline: float) -> T:
         if self._reads is None:
-            return await self._read_here(work)
+            return await self._read_here(work, deadline)
         try:
-            async with asyncio.timeout(self._settings.pool_timeout.total_seconds()):
+            wait = min(self._settings.pool_timeout.total_seconds(), deadline - time.monotonic())
+            async with asyncio.timeout(wait):
                 await self._reads.acquire()
         except TimeoutError:
             metrics.DB_ERRORS.labels("pool").inc()
             raise DatabaseUnavailable("All database connections for reads are busy.") from None
         try:
-            return await self._read_here(work)
+            return await self._read_here(work, deadline)
         finally:
             self._reads.release()
 
-    async def _read_here(self, work: Work[T]) -> T:
+    async def _read_here(self, work: Work[T], deadline: float) -> T:
         metrics.READS.labels("primary").inc()
         began = False
         try:
-            async with self.acquire() as connection:
+            async with self.acquire(deadline - time.monotonic()) as connection:
                 began = True
-                return await self.timed(connection, work)
+                return await self.timed(connection, work, deadline)
         except DatabaseUnavailable as error:
             # A pooled connection may have died with its server since it was last used; the next one is new.
             if not began or error.__cause__ is None or not connection_lost(error.__cause__):
                 raise
-        async with self.acquire() as connection:
-            return await self.timed(connection, work)
+        async with self.acquire(deadline - time.monotonic()) as connection:
+            return await self.timed(connection, work, deadline)
 
-    async def timed(self, connection: Connection, work: Work[T]) -> T:
-        """What `work` reads within `statement_timeout`, in all of its statements; a server may also say nothing.
+    async def timed(self, connection: Connection, work: Work[T], deadline: float) -> T:
+        """What `work` reads within `statement_timeout`, in all of its statements, and before the deadline of the read.
+
+        A server may also say nothing.
 
         Raises:
             QueryTimeout: it took longer.
         """
         try:
-            async with asyncio.timeout(self._settings.statement_timeout.total_seconds() + _SILENCE):
+            silent = time.monotonic() + self._settings.statement_timeout.total_seconds() + _SILENCE
+            async with asyncio.timeout(min(silent, deadline) - time.monotonic()):
                 return await work(connection)
         except TimeoutError:
             # To cancel would be to ask a server that may not answer.

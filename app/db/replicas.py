@@ -152,13 +152,13 @@ class ReplicatedDatabase(Database):
         """
         replica = self._choose() if consistency == "eventual" else None
         if replica is None:
-            return await self._read_primary(work)
+            return await self._read_primary(work, self.deadline())
         metrics.READS.labels("replica").inc()
-        began = time.monotonic()
+        began, deadline = time.monotonic(), self.deadline()
         try:
             async with replica.database.acquire() as connection:
                 began = time.monotonic()
-                return await replica.database.timed(connection, work)
+                return await replica.database.timed(connection, work, deadline)
         except QueryTimeout:
             # A statement that was cancelled before its time was in somebody's way.
             if time.monotonic() - began >= self._statement_time:
@@ -171,7 +171,7 @@ class ReplicatedDatabase(Database):
             # A conflict with what it replays, or a migration that it has not replayed.
             log.info("a read failed on a replica", replica=replica.name, sqlstate=error.sqlstate)
         metrics.READ_RETRIES.inc()
-        return await self._read_primary(work)
+        return await self._read_primary(work, deadline)
 
     def _choose(self) -> _Replica | None:
         """The replicas in turn, of those that are recent enough."""

@@ -38,7 +38,8 @@ class _Within(Database):
         self.capability = database.capability
 
     @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Connection]:
+    async def acquire(self, within: float = 0) -> AsyncIterator[Connection]:
+        del within
         yield self._connection
 
 

@@ -4,8 +4,7 @@ Invariant: the statements are the repository's own, run in a transaction whose l
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -13,8 +12,9 @@ import pytest
 
 from app.clock import Interval, nanoseconds
 from app.db.capability import Level
-from app.db.engine import Connection, Database
+from app.db.engine import Connection, Database, T, Work
 from app.db.migrate import migrate
+from app.quote.terms import Consistency
 from app.repository.bars import BarSpec
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
@@ -31,16 +31,15 @@ MOST: Final = {
 
 
 class _Within(Database):
-    """Hands out one connection, in the transaction that it is in."""
+    """Reads on one connection, in the transaction that it is in."""
 
     def __init__(self, connection: Connection, database: Database) -> None:
         self._connection = connection
         self.capability = database.capability
 
-    @asynccontextmanager
-    async def acquire(self, within: float = 0) -> AsyncIterator[Connection]:
-        del within
-        yield self._connection
+    async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
+        del consistency
+        return await work(self._connection)
 
 
 async def locks(database: Database, settings: Settings, read: Callable[[QuoteRepository], Awaitable[Any]]) -> int:

@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, health, maintain, load, demo.
+"""The command line: serve, migrate, health, backup, restore, maintain, load, demo.
 
 Invariant: stdout carries results and nothing else, an error is one readable sentence on stderr, and the exit
 status says whether it worked.
@@ -25,7 +25,7 @@ from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, logs, maintain, traces
+from app import __version__, backup, logs, maintain, traces
 from app import demo as market
 from app import load as loading
 from app.client import DEFAULT_URL
@@ -55,6 +55,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(maintain.app, name="maintain")
+app.command()(backup.backup)
+app.command()(backup.restore)
 errors = Console(stderr=True)
 
 

@@ -24,7 +24,8 @@
     ├── QueryTimeout            503  a statement ran over its time
     │   └── WriteTimeout        503  a write did
     ├── ServiceStopping         503
-    └── StartupError            -    the service cannot start (embedded database, migration)
+    ├── StartupError            -    the service cannot start (embedded database, migration)
+    └── BackupError             -    a backup or a restore cannot be done, or failed
 
 Invariant: a message never carries SQL, a URL with a password, or an echo of the client's values.
 """
@@ -291,3 +292,10 @@ class StartupError(QuotesError):
 
     code = "startup-error"
     title = "Cannot start"
+
+
+class BackupError(QuotesError):
+    """A backup or a restore cannot be done, or failed; the message says why and what is left."""
+
+    code = "backup-error"
+    title = "Backup failed"

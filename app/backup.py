@@ -1,0 +1,556 @@
+"""`opa-quotes backup` and `opa-quotes restore`: a dump that is whole or is not there, and a store that is whole again.
+
+Invariant: a file gets its name when it is complete, on disk and, if that was asked for, compared with what it was made
+of; nothing is deleted but what these verbs made. A restore goes into an empty database, and a database that is
+restored half way has no revision, so that no service takes it for a store.
+"""
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from app.clock import rfc3339
+from app.db import embedded, programs
+from app.errors import BackupError, QuotesError
+from app.maintain import DataDir, Json, store
+from app.repository import backup as repository
+from app.repository.backup import Content, Job, RestoreRepository
+from app.settings import Duration, Settings
+
+remarks = Console(stderr=True)
+
+_NAME: Final = "quotes-%Y%m%dT%H%M%SZ.dump"
+_OURS: Final = re.compile(r"quotes-\d{8}T\d{6}Z\.dump")
+_PARTIAL: Final = ".partial"
+_DIFFERS: Final = ".differs"
+_CONTENT: Final = ".json"
+_RETRY: Final = timedelta(minutes=5)
+_SCRATCH: Final = "scratch database of `opa-quotes backup --verify`"
+_HALF: Final = "opa-quotes: a restore into this database did not finish; drop it"
+#: Longest wait of pg_dump for one table that somebody has locked.
+_LOCK_WAIT: Final = "60s"
+
+
+# --- what is asked for ---
+
+Keep = Annotated[int | None, typer.Option(min=1, help="Then delete all but the newest N dumps of the directory.")]
+Every = Annotated[str | None, typer.Option(help="Go on, a dump each time the newest is this old, as in `24h`.")]
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(help="A new file, or a directory, in which the file is named by the time.")],
+    *,
+    keep: Keep = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Restore it into a scratch database beside the store, and compare.")
+    ] = False,
+    every: Every = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Dump the store into one file, while it is used; exit 0 if it is whole, 1 if not or if it differs."""
+    if (keep is not None or every is not None) and not target.is_dir():
+        raise typer.BadParameter("--keep and --every are for a directory, which exists.")
+    pause = None if every is None else _interval(every)
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+
+    async def once() -> None:
+        async with store(settings) as url:
+            made = await _backup(url, settings, target, verify=verify)
+        removed = [] if keep is None else _rotate(target, keep)
+        _tell(made | {"removed": removed}, as_json=as_json)
+
+    _until_signal(once() if pause is None else _repeat(once, target, pause))
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="A dump made by `backup` or `pg_dump --format=custom`.")],
+    *,
+    into: Annotated[str | None, typer.Option(help="URL of the database, which is empty.", show_default=False)] = None,
+    create: Annotated[bool, typer.Option("--create", help="Create the database first.")] = False,
+    owner: Annotated[
+        str | None, typer.Option(help="Role that owns the store and its jobs.", show_default="the connecting role")
+    ] = None,
+    grant: Annotated[
+        list[str] | None, typer.Option(help="Role that serves; beside the roles of the dump that exist here.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare with what `backup --verify` wrote down beside the file.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="URL of a store to compare with, which rests meanwhile.", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Instead of --into: a new directory of an embedded PostgreSQL.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Restore a dump into an empty database, owned by a role and with jobs that work; exit 1 if it differs."""
+    if (into is None) == (data_dir is None):
+        raise typer.BadParameter("one of --into URL and --data-dir DIRECTORY says where to.")
+    if data_dir is not None and (create or owner is not None or grant):
+        raise typer.BadParameter("--create, --owner and --grant are for a server of your own, with --into.")
+    if into is not None and (not into.startswith(("postgresql://", "postgres://")) or not repository.database_of(into)):
+        raise typer.BadParameter("--into is a URL with the name of a database, as in postgresql://host/name.")
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+
+    async def once() -> None:
+        expected = _written_down(file) if verify else None
+        async with AsyncExitStack() as stack:
+            url = await stack.enter_async_context(embedded.embedded_postgres(data_dir)) if into is None else into
+            if create and not await repository.exists(url, settings):
+                await repository.create(url, settings, owner=owner)
+            restored = await _restore(file, url, settings, owner=owner, grants=grant or [])
+            differences: list[str] | None = None
+            if expected is not None or against is not None:
+                with remarks.status("compare"):
+                    async with repository.session(url, settings) as connection:
+                        found = await repository.content(connection)
+                    if against is not None:
+                        async with repository.session(against, settings) as connection:
+                            expected = await repository.content(connection)
+                differences = expected.differences(found) if expected is not None else None
+        _tell(restored | {"differences": differences}, as_json=as_json)
+        if differences:
+            raise BackupError("The restored store differs: " + " ".join(differences))
+
+    _until_signal(once())
+
+
+def _interval(text: str) -> timedelta:
+    try:
+        return TypeAdapter(Duration).validate_python(text)
+    except ValidationError as error:
+        raise typer.BadParameter("--every is a duration, as in `24h` or `7 days`.") from error
+
+
+def _until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, or until SIGTERM, at which what is half done is undone as it is at Ctrl-C."""
+
+    async def run() -> bool:
+        task = asyncio.create_task(work)
+        stopped = asyncio.Event()
+
+        def stop() -> None:
+            stopped.set()
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not stopped.is_set():
+                raise
+        return stopped.is_set()
+
+    if asyncio.run(run()):
+        raise typer.Exit(128 + signal.SIGTERM)
+
+
+def _tell(outcome: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(outcome)).decode())
+        return
+    for name, value in outcome.items():
+        if value is not None and value != []:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            typer.echo(f"{name.replace('_', ' ')}: {str(shown).lower() if isinstance(shown, bool) else shown}")
+
+
+# --- backup ---
+
+
+async def _repeat(once: Callable[[], Coroutine[Any, Any, None]], directory: Path, pause: timedelta) -> None:
+    """Dump whenever the newest dump is old enough, so that a restart makes no more of them; try again after errors."""
+    while True:
+        newest = max((path.stat().st_mtime for path in _dumps(directory)), default=0.0)
+        wait = newest + pause.total_seconds() - time.time()
+        if wait <= 0:
+            wait = 0
+            try:
+                await once()
+            except QuotesError as error:
+                remarks.print(f"[red]error:[/red] {error.detail}", highlight=False)
+                wait = min(_RETRY, pause).total_seconds()
+        await asyncio.sleep(wait)
+
+
+async def _backup(url: str, settings: Settings, target: Path, *, verify: bool) -> dict[str, Any]:
+    """Make one dump; what was made."""
+    began = time.monotonic()
+    host = await repository.writing_host(url)
+    _clear(target)
+    async with repository.jobs_held(host, settings) as refusal:
+        if refusal is not None:
+            remarks.print(
+                f"[yellow]Policies go on meanwhile ({refusal}): reads of a chunk may wait for the dump.[/yellow]",
+                highlight=False,
+            )
+        with _draft(target) as draft:
+            taken, held, size = await _dump(host, settings, draft, verify=verify)
+            if verify and held is not None:
+                differences = held.differences(await _of_scratch(draft.partial, host, settings, size))
+                if differences:
+                    draft.keep_as(draft.final.with_name(draft.final.name + _DIFFERS))
+                    raise BackupError(
+                        f"The dump differs from the store, and is left as {draft.final.name}{_DIFFERS}: "
+                        + " ".join(differences)
+                    )
+                _write_down(draft.final, held)
+            draft.keep_as(draft.final)
+    length = draft.final.stat().st_size
+    reason = await repository.record(host, settings, length, verified=verify)
+    if reason is not None:
+        remarks.print(f"[yellow]Not noted in quotes.backups:[/yellow] {reason}", highlight=False)
+    return {
+        "file": str(draft.final), "bytes": length, "holds": rfc3339(taken),
+        "seconds": round(time.monotonic() - began, 1),
+        "verified": verify, "recorded": reason is None,
+    }  # fmt: skip
+
+
+async def _dump(url: str, settings: Settings, draft: "_Draft", *, verify: bool) -> tuple[datetime, Content | None, int]:
+    """Write the dump: the instant that it holds, what it should hold if that is to be verified, the store's size."""
+    async with repository.snapshot(url, settings) as snapshot:
+        taken = datetime.now(UTC)
+        program = programs.find("pg_dump", snapshot.major)
+        dump = asyncio.create_task(
+            programs.run(
+                program, "--format=custom", "--compress=gzip", f"--snapshot={snapshot.id}",
+                f"--lock-wait-timeout={_LOCK_WAIT}", f"--file={draft.partial}", url=url, keep_open=[draft.lock],
+            )
+        )  # fmt: skip
+        content = asyncio.create_task(snapshot.content()) if verify else None
+        everything: list[asyncio.Task[Any]] = [dump] if content is None else [dump, content]
+        with remarks.status("dump") as status:
+            try:
+                pending = set(everything)
+                while pending:
+                    done, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+                    status.update(f"dump: {draft.partial.stat().st_size / 1e6:,.1f} MB")
+            finally:
+                for task in everything:
+                    task.cancel()
+                await asyncio.gather(*everything, return_exceptions=True)
+        return taken, None if content is None else content.result(), snapshot.size
+
+
+async def _of_scratch(file: Path, url: str, settings: Settings, size: int) -> Content:
+    """What a dump holds, restored into a database beside the store that is dropped again."""
+    free = _room(settings, size)
+    if free is not None and free < size:
+        raise BackupError(f"Verification takes the room of the store once more, {size} bytes, and {free} are free.")
+    scratch = repository.beside(url, f"{repository.database_of(url)[:50]}_verify")
+    await repository.drop_scratch(scratch, settings, _SCRATCH)
+    await repository.create(scratch, settings, comment=_SCRATCH)
+    try:
+        return await _in_scratch(file, scratch, settings)
+    finally:
+        await asyncio.shield(repository.drop_scratch(scratch, settings, _SCRATCH))
+
+
+def _room(settings: Settings, size: int) -> int | None:
+    """Bytes that the server may still take, None where nobody knows."""
+    volume = embedded.volume(settings)
+    if volume is not None and volume.exists():
+        return shutil.disk_usage(volume).free
+    return None if settings.storage_capacity is None else max(0, settings.storage_capacity - size)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A file on its way: under another name, and locked by whoever writes it."""
+
+    final: Path
+    partial: Path
+    lock: int
+
+    def keep_as(self, name: Path) -> None:
+        """Give it a name, once its bytes are on disk."""
+        with _file_errors(name):
+            os.fsync(self.lock)
+            self.partial.rename(name)
+            _sync(name.parent)
+
+
+def _sync(directory: Path) -> None:
+    entry = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BackupError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[_Draft]:
+    """A file that is gone at the end of the block unless it got its name; only its owner may read it."""
+    final = target / datetime.now(UTC).strftime(_NAME) if target.is_dir() else target
+    if final.exists():
+        raise BackupError(f"{final} exists, and a backup overwrites nothing.")
+    partial = final.with_name(final.name + _PARTIAL)
+    with _file_errors(partial):
+        lock = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield _Draft(final, partial, lock)
+    finally:
+        os.close(lock)
+        partial.unlink(missing_ok=True)
+
+
+def _dumps(directory: Path) -> list[Path]:
+    """The dumps that were made here, oldest first."""
+    return sorted(path for path in directory.iterdir() if _OURS.fullmatch(path.name) and path.is_file())
+
+
+def _clear(directory: Path) -> None:
+    """Delete what a killed backup left in a directory, unless its pg_dump still writes: that one holds the lock."""
+    if not directory.is_dir():
+        return
+    for path in directory.glob(f"*{_PARTIAL}"):
+        if not _OURS.fullmatch(path.name.removesuffix(_PARTIAL)):
+            continue
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
+        remarks.print(f"Deleted {path}, left by a backup that was killed.", highlight=False)
+
+
+def _rotate(directory: Path, keep: int) -> list[str]:
+    """Delete all but the newest dumps; which."""
+    old = _dumps(directory)[:-keep]
+    for path in old:
+        with _file_errors(path):
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + _CONTENT).unlink(missing_ok=True)
+    return [path.name for path in old]
+
+
+def _write_down(final: Path, held: Content) -> None:
+    """What the dump holds, beside it."""
+    path = final.with_name(final.name + _CONTENT)
+    with _file_errors(path):
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(held)) + b"\n")
+
+
+def _written_down(file: Path) -> Content:
+    path = file.with_name(file.name + _CONTENT)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Content)
+    except (OSError, msgspec.DecodeError) as error:
+        raise BackupError(f"{path} cannot be read: `backup --verify` writes it. Compare with --against URL.") from error
+
+
+# --- restore ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """A dump as pg_restore lists it."""
+
+    file: Path
+    program: Path
+    entries: list[str]
+    #: Version of TimescaleDB, None of a store on plain PostgreSQL.
+    timescaledb: str | None
+    jobs: Job | None
+
+    @classmethod
+    async def read(cls, file: Path, major: int) -> "_Archive":
+        """List a dump, for a server of that major version.
+
+        Raises:
+            BackupError: it is none, or not of a store.
+        """
+        program = programs.find("pg_restore", major)
+        try:
+            listed = await programs.run(program, "--list", str(file))
+        except BackupError as error:
+            raise BackupError(f"{file} cannot be restored: {error.detail}") from error
+        entries = [line for line in listed.splitlines() if line and not line.startswith(";")]
+        if not any(re.search(r" TABLE quotes real_time ", line) for line in entries):
+            raise BackupError(f"{file} is not of a store: it has no table quotes.real_time.")
+        if not any(" EXTENSION - timescaledb" in line for line in entries):
+            return cls(file, program, entries, None, None)
+        _, (_, *rows) = await _rows(program, file, "metadata")
+        version = next(values[1] for values in rows if values[0] == "timescaledb_version")
+        schema, (columns, *rows) = await _rows(program, file, "bgw_job")
+        return cls(file, program, entries, version, Job(schema, columns, rows))
+
+    async def script(self, wanted: Callable[[str], object]) -> str:
+        """The statements of some entries."""
+        with self._chosen(wanted) as chosen:
+            return await programs.run(self.program, f"--use-list={chosen}", "--file=-", str(self.file))
+
+    async def load(self, url: str, wanted: Callable[[str], object]) -> None:
+        """Restore some entries. In one process: with more of them TimescaleDB's catalog comes too late for rows."""
+        with self._chosen(wanted) as chosen:
+            await programs.run(
+                self.program, "--no-owner", "--no-acl", "--exit-on-error", f"--use-list={chosen}", str(self.file),
+                url=url,
+            )  # fmt: skip
+
+    @contextmanager
+    def _chosen(self, wanted: Callable[[str], object]) -> Iterator[str]:
+        with tempfile.NamedTemporaryFile("w", suffix=".list") as chosen:
+            chosen.writelines(f"{line}\n" for line in self.entries if wanted(line))
+            chosen.flush()
+            yield chosen.name
+
+
+async def _rows(program: Path, file: Path, table: str) -> tuple[str, list[list[str]]]:
+    """A small table of a dump: its schema, and the names of its columns before its rows, as COPY writes them."""
+    script = await programs.run(program, "--data-only", f"--table={table}", "--file=-", str(file))
+    found = re.search(r"^COPY (\w+)\.\w+ \((.*)\) FROM stdin;\n(.*?)^\\\.$", script, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise BackupError(f"{file} is not whole: it has no rows of TimescaleDB's {table}.")
+    rows = [line.split("\t") for line in found[3].splitlines()]
+    return found[1], [found[2].replace('"', "").split(", "), *rows]
+
+
+def _is_privilege(entry: str) -> bool:
+    return re.search(r"^\d+; \d+ \d+ (DEFAULT )?ACL ", entry) is not None
+
+
+def _is_last(entry: str) -> bool:
+    """Jobs, which are given to another role, and the revision, which says that the store is whole."""
+    return re.search(r" TABLE DATA \w+ (bgw_job|alembic_version) ", entry) is not None
+
+
+def _is_revision(entry: str) -> bool:
+    return re.search(r" TABLE DATA \w+ alembic_version ", entry) is not None
+
+
+_ROLE: Final = r'(?:"(?:[^"]|"")+"|[^\s";]+)'
+_GRANTEE: Final = re.compile(rf" (?:TO|FROM) ({_ROLE})(?: WITH GRANT OPTION)?;$")
+_DEFAULTS_OF: Final = re.compile(rf"^ALTER DEFAULT PRIVILEGES FOR ROLE {_ROLE} ")
+
+
+def _privileges(script: str) -> list[tuple[str, str]]:
+    """The statements of a script that give or take privileges, each with the role that it is about."""
+    kinds = ("GRANT ", "REVOKE ", "ALTER DEFAULT PRIVILEGES ")
+    return [
+        (line, match[1])
+        for line in script.splitlines()
+        if line.startswith(kinds) and (match := _GRANTEE.search(line)) is not None
+    ]
+
+
+async def _restore(file: Path, url: str, settings: Settings, *, owner: str | None, grants: list[str]) -> dict[str, Any]:
+    """Restore into an empty database; what was restored. It says on the database if it did not come to its end."""
+    began = time.monotonic()
+    host = await repository.writing_host(url)
+    async with RestoreRepository.open(host, settings) as target:
+        archive, of = await _checked(file, target, owner, grants)
+        await target.say(_HALF)
+        try:
+            with remarks.status("restore"):
+                restored, missing = await _load(archive, target, host, of)
+                if archive.timescaledb is not None:
+                    await target.post_restore()
+                for role in grants:
+                    await target.grant(role, of)
+                await target.analyze()
+                if archive.timescaledb is not None:
+                    await target.require_working_jobs()
+                await archive.load(host, _is_revision)
+                await target.say(None)
+        except BaseException as error:
+            if archive.timescaledb is not None:
+                await asyncio.shield(_leave_restoring(host, settings))
+            if isinstance(error, QuotesError):
+                raise BackupError(
+                    f"{error.detail} The database is restored half way, which its comment says: drop it and try again."
+                ) from error
+            raise
+    if missing:
+        remarks.print(
+            f"[yellow]Roles of the dump that are not here and got no rights:[/yellow] {', '.join(sorted(missing))}",
+            highlight=False,
+        )
+    return {
+        "file": str(file), "owner": of, "granted": sorted(restored | set(grants)), "missing_roles": sorted(missing),
+        "timescaledb": archive.timescaledb, "jobs": 0 if archive.jobs is None else len(archive.jobs.rows),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+async def _checked(file: Path, target: RestoreRepository, owner: str | None, grants: list[str]) -> tuple[_Archive, str]:
+    """The dump and the role that will own it, after all that can be refused before anything is done."""
+    await target.require_empty()
+    archive = await _Archive.read(file, target.major)
+    policies = archive.jobs is not None and bool(archive.jobs.rows)
+    of = owner or target.role.name
+    await target.require_roles(of, grants, jobs=policies)
+    if archive.timescaledb is not None:
+        await target.require_timescaledb(archive.timescaledb, policies=policies)
+    return archive, of
+
+
+async def _load(archive: _Archive, target: RestoreRepository, url: str, owner: str) -> tuple[set[str], set[str]]:
+    """Everything but the revision, with no hook and no job of TimescaleDB: the roles with rights, and those missing."""
+    if archive.timescaledb is not None:
+        await target.pre_restore()
+    await archive.load(url, lambda entry: not _is_last(entry))
+    await target.give(owner)
+    privileges = _privileges(await archive.script(_is_privilege))
+    roles = {role for _, role in privileges}
+    known = await target.known(roles) | (roles & {"PUBLIC"})
+    of = await target.quoted(owner)
+    await target.execute(
+        [
+            _DEFAULTS_OF.sub(lambda _: f"ALTER DEFAULT PRIVILEGES FOR ROLE {of} ", statement)
+            for statement, role in privileges
+            if role in known
+        ]
+    )
+    if archive.jobs is not None:
+        await target.add_jobs(archive.jobs, owner)
+    return known, roles - known
+
+
+async def _leave_restoring(url: str, settings: Settings) -> None:
+    """After a failure: a database that nobody restores any more is not in restoring mode, if it can still be told."""
+    with suppress(QuotesError):
+        async with RestoreRepository.open(url, settings) as target:
+            await target.leave_restoring()
+
+
+async def _in_scratch(file: Path, url: str, settings: Settings) -> Content:
+    """What a dump holds, restored into an empty database where no job ever runs."""
+    async with RestoreRepository.open(url, settings) as target:
+        archive, of = await _checked(file, target, None, [])
+        with remarks.status("restore into a scratch database"):
+            await _load(archive, target, url, of)
+            await archive.load(url, _is_revision)
+        with remarks.status("compare"):
+            return await target.content(restoring=archive.timescaledb is not None)

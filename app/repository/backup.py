@@ -16,8 +16,9 @@ from urllib.parse import unquote, urlsplit
 import asyncpg
 import msgspec
 
+from app.db import hosts
 from app.db.capability import DETECT, Capability, Level
-from app.db.engine import Connection, Database, connect_first, hosts_of, translate
+from app.db.engine import Connection, Database, translate
 from app.errors import BackupError, QuotesError
 from app.settings import Settings
 
@@ -158,6 +159,10 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
     bars: dict[str, Counted]
     jobs: list[str]
 
+    def without_bars(self) -> Self:
+        """The same, for a comparison that is not about rollups."""
+        return msgspec.structs.replace(self, bars={})
+
     def differences(self, other: Self) -> list[str]:
         """In what another store departs from this one, in sentences; none if they hold the same."""
         found = [
@@ -186,11 +191,11 @@ async def writing_host(url: str) -> str:
     Raises:
         DatabaseUnavailable: none can be reached.
     """
-    hosts = hosts_of(url)
+    urls = hosts.hosts_of(url)
     with told():
-        index, connection = await connect_first(hosts, _CONNECT)
-        await connection.close(timeout=2)
-    return hosts[index]
+        found = await hosts.find_primary(urls, _CONNECT)
+        await found.connection.close(timeout=2)
+    return urls[found.place]
 
 
 @asynccontextmanager
@@ -561,7 +566,10 @@ class RestoreRepository:
             raise BackupError(f"The jobs {lame} do not belong to the owner of what they work on.")
 
     async def content(self, *, restoring: bool) -> Content:
-        """What the restored store holds; of a database that stays in restoring mode, in which no job runs."""
-        if restoring:
-            await self._connection.execute("SET timescaledb.restoring = off")
-        return await content(self._connection)
+        """What the restored store holds; the database stays in restoring mode, so that no job runs meanwhile."""
+        if not restoring:
+            return await content(self._connection)
+        await self._connection.execute("SET timescaledb.restoring = off")
+        found = await content(self._connection)
+        await self._connection.execute("SET timescaledb.restoring = on")
+        return found

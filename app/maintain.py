@@ -33,6 +33,8 @@ from app.settings import Settings, fault_of, span
 app = typer.Typer(help="Columnstore, rollups, retention: show, and do by hand what policies do.", no_args_is_help=True)
 remarks = Console(stderr=True)
 
+#: Bytes of rows that a second rewrites: 170 a quote at 0.4 to 0.7 M quotes a second.
+_REWRITTEN: Final = 80_000_000
 _NO_COLUMNSTORE: Final = "no columnstore: quotes stay in rows"
 _NO_REFRESH: Final = "nothing to refresh: bars are computed from the quotes at each request"
 _NO_REORDER: Final = {
@@ -162,6 +164,23 @@ def _within(chunks: Sequence[Chunk], start: datetime | None, end: datetime | Non
     return [c for c in chunks if (start is None or c.end > start) and (end is None or c.start < end)]
 
 
+def _past(chunks: Sequence[Chunk], outcome: Outcome) -> list[Chunk]:
+    """The chunks that no quote of now goes into, having told what rewriting them blocks."""
+    now = datetime.now(UTC)
+    past = [chunk for chunk in chunks if chunk.end <= now]
+    if len(past) < len(chunks):
+        outcome.notes["left_alone"] = f"{len(chunks) - len(past)} that quotes of now go into"
+    if past:
+        largest = max(chunk.before or chunk.bytes for chunk in past)
+        remarks.print(
+            f"{outcome.verb}: {len(past)} chunks, one after the other; the largest, {_size(largest)} of rows, takes"
+            f" about {max(1, largest / _REWRITTEN):.0f} s. Meanwhile quotes of its time wait to be written, and at the"
+            " end for a moment to be read. Quotes of now go on.",
+            highlight=False,
+        )
+    return past
+
+
 @app.command()
 def show(
     *,
@@ -235,7 +254,7 @@ def compress(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Move chunks to the columnstore: those older than QUOTES_COMPRESS_AFTER, or those of a range."""
+    """Move chunks to the columnstore: those older than the compression age, or those of a range."""
     low, high = _when(start), _when(end)
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
@@ -243,7 +262,7 @@ def compress(
             outcome.cannot.append(_NO_COLUMNSTORE)
             return
         due = await repository.due(datetime.now(UTC)) if low is None and high is None else await repository.chunks()
-        chunks = [chunk for chunk in _within(due, low, high) if chunk.state != "columnstore"]
+        chunks = _past([chunk for chunk in _within(due, low, high) if chunk.state != "columnstore"], outcome)
 
         async def step(chunk: Chunk) -> dict[str, Any]:
             await repository.compress(chunk)
@@ -274,7 +293,7 @@ def decompress(
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_COLUMNSTORE)
             return
-        chunks = [c for c in _within(await repository.chunks(), low, high) if c.state != "rowstore"]
+        chunks = _past([c for c in _within(await repository.chunks(), low, high) if c.state != "rowstore"], outcome)
 
         async def step(chunk: Chunk) -> dict[str, Any]:
             await repository.decompress(chunk)
@@ -374,6 +393,7 @@ def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, a
             for chunk in _within(await repository.chunks(), low, high)
             if chunk.state == "rowstore" and chunk.end <= now
         ]
+        chunks = _past(chunks, outcome)
 
         async def step(chunk: Chunk) -> dict[str, Any]:
             await repository.reorder(chunk)

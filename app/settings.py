@@ -96,7 +96,9 @@ class Settings(BaseSettings):
         pydantic.ValidationError: a value does not fit, or is contradicted by another one.
     """
 
-    model_config = SettingsConfigDict(env_prefix="QUOTES_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="QUOTES_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     database_url: SecretStr | None = Field(
         default=None,
@@ -151,12 +153,15 @@ class Settings(BaseSettings):
     retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
         default=None,
         validate_default=False,
-        description="Age after which raw quotes are dropped, or `none`. "
+        description="First value of the store: age after which raw quotes are dropped, or `none`. "
         "Unset: `2 years` with a database URL, `none` on the embedded default.",
     )
-    chunk_interval: Duration = Field(default=timedelta(days=1), description="Time span of one hypertable chunk.")
+    chunk_interval: Duration = Field(
+        default=timedelta(days=1), description="First value of the store: time span of one chunk."
+    )
     compress_after: Duration = Field(
-        default=timedelta(days=30), description="Age at which a chunk moves to the columnstore."
+        default=timedelta(days=30),
+        description="First value of the store: age at which a chunk moves to the columnstore.",
     )
 
     monitor_interval: Annotated[timedelta, BeforeValidator(_duration), Field(ge=timedelta(0))] = Field(

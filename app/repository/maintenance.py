@@ -8,7 +8,7 @@ transaction of its own, small enough to wait for, and done again after an interr
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, Self
@@ -160,7 +160,8 @@ class MaintenanceRepository:
 
     async def compress(self, chunk: Chunk) -> None:
         """Move a chunk to the columnstore, or the late rows of one that is there."""
-        await self._patiently(f"CALL convert_to_columnstore({_literal(chunk.name)}, recompress => true)")
+        with suppress(asyncpg.DuplicateObjectError):  # the policy was there first
+            await self._patiently(f"CALL convert_to_columnstore({_literal(chunk.name)}, recompress => true)")
 
     async def decompress(self, chunk: Chunk) -> None:
         """Move a chunk back to rows; the policy compresses it again at its next run, if it is old enough."""

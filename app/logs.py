@@ -8,7 +8,8 @@ import logging
 import re
 import sys
 import traceback
-from typing import Any, Final, TextIO
+from contextlib import suppress
+from typing import Any, Final, TextIO, cast
 
 import structlog
 from opentelemetry.trace import format_span_id, format_trace_id, get_current_span
@@ -21,11 +22,27 @@ from app.settings import Settings
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+class _Lossy:
+    """A file to which what cannot be written is lost: a full volume must not fail the request that is logged."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._file.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._file.flush()
+
+
 class _Stderr(structlog.WriteLogger):
     """Writes lines to stderr, and knows its name."""
 
     def __init__(self, name: str = "") -> None:
-        super().__init__(sys.stderr)
+        super().__init__(cast("TextIO", _Lossy(sys.stderr)))
         self.name = name
 
 

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -195,3 +198,15 @@ def test_no_secret_is_logged_at_any_level(serve: Serve, shared_dir: Any, how: st
     text = service.log.read_text()
     assert "/v1/quotes" in text
     assert "hunter2" not in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_log_that_cannot_be_written_fails_nothing() -> None:
+    code = (
+        "import structlog; from app import logs; from app.settings import Settings;"
+        "logs.configure(Settings(_env_file=None, log_format='json'));"
+        "structlog.get_logger('x').error('a line', exc_info=ValueError('v')); print('went on')"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.stdout == b"went on\n"

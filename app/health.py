@@ -161,6 +161,9 @@ class Health:
             return Check("hypertable", "unhealthy", "quotes.real_time is missing: run `opa-quotes migrate`.")
         if seen.primary_key != list(KEY):
             return Check("hypertable", "unhealthy", f"quotes.real_time has not the key ({', '.join(KEY)}).")
+        if seen.revision is None:
+            detail = "The tables have no revision: a restore into this database did not finish."
+            return Check("hypertable", "unhealthy", detail)
         if seen.revision != self._head:
             detail = f"The schema is at revision {seen.revision}, this version of the service at {self._head}."
             return Check("hypertable", "degraded", detail, seen.revision)

@@ -64,7 +64,7 @@ def change(**fields: Any) -> Observation:
         (change(capability=PLAIN, chunks=None), "none", ("healthy", "skipped", "healthy"), "healthy"),
         (change(chunks=None), "community", ("healthy", "healthy", "degraded"), "degraded"),
         (change(revision="r1"), "community", ("healthy", "healthy", "degraded"), "degraded"),
-        (change(revision=None), "community", ("healthy", "healthy", "degraded"), "degraded"),
+        (change(revision=None), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),
         (change(table_exists=False), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),
         (change(primary_key=["symbol"]), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),
         (change(primary_key=None), "community", ("healthy", "healthy", "unhealthy"), "unhealthy"),

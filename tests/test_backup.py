@@ -719,7 +719,7 @@ async def test_chunks_stay_in_place_while_a_dump_lasts(lane: Lane, empty_url: st
     chunk = await ask(empty_url, rows)
     waits = (
         "SELECT bool_and(next_start > now() + interval '8 minutes') FROM timescaledb_information.jobs"
-        " WHERE proc_name IN ('policy_compression', 'policy_retention')"
+        " WHERE proc_name IN ('policy_compression', 'apply_retention')"
     )
     await ask(
         empty_url,

@@ -45,7 +45,10 @@ LOCK TABLE quotes.real_time, quotes.latest, quotes.ohlc_1m, quotes.ohlc_1h, quot
 """
 # Both take a chunk away from under whoever reads it: they would wait for the end of the dump, and all reads of the
 # chunk behind them.
-_BLOCKING: Final = "proc_name IN ('policy_compression', 'policy_retention') AND job.hypertable_schema = 'quotes'"
+_BLOCKING: Final = """
+(proc_name = 'policy_compression' AND job.hypertable_schema = 'quotes'
+ OR proc_name = 'apply_retention' AND job.proc_schema = 'quotes')
+"""
 _RUNNING: Final = f"""
 SELECT EXISTS (SELECT FROM timescaledb_information.jobs job JOIN timescaledb_information.job_stats USING (job_id)
                WHERE {_BLOCKING} AND job_status = 'Running')

@@ -300,7 +300,8 @@ async def jobs_run(url: str) -> None:
     )
     errors = (
         "SELECT array_agg(concat_ws(' ', proc_name, sqlerrcode, err_message)) FROM timescaledb_information.job_errors"
-        " WHERE job_id >= 1000"
+        # Its own, which a server with timers may stop in mid-run when the database gets its jobs.
+        " WHERE job_id >= 1000 AND proc_name <> 'policy_job_stat_history_retention'"
     )
     assert await ask(url, errors) is None
 

@@ -35,7 +35,7 @@ class _Within(Database):
 
     def __init__(self, connection: Connection, database: Database) -> None:
         self._connection = connection
-        self.capability = database.capability
+        self.capability, self.facts = database.capability, database.facts
 
     async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
         del consistency

@@ -24,10 +24,11 @@ from app import __version__, logs, traces, workers
 from app.api import ingest, ohlc, ops, problems, quotes, storage, symbols
 from app.api.access import QUIET, Observed
 from app.api.deps import Services
-from app.db.embedded import embedded_postgres
+from app.db import embedded
+from app.db.engine import Database
 from app.db.migrate import head, migrate
 from app.db.replicas import database_of
-from app.errors import QuotesError
+from app.errors import DatabaseUnavailable, QuotesError
 from app.health import Health
 from app.monitor import Monitor
 from app.quote.model import Quote
@@ -43,6 +44,8 @@ log = structlog.get_logger(__name__)
 _READERS: Final = 2
 #: Seconds between SIGTERM and the end of listening, in which clients that keep a connection are told to leave it.
 _NOTICE: Final = 1.0
+#: Seconds between two attempts to reach the embedded database at the start.
+_BETWEEN_TRIES: Final = 0.5
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -110,18 +113,16 @@ def app_from_environment() -> FastAPI:
 
 async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider | None) -> Services:
     if settings.database_url is None:
-        url = await stack.enter_async_context(embedded_postgres(settings.data_dir, watched=True))
+        url = await stack.enter_async_context(embedded.embedded_postgres(settings.data_dir, watched=True))
     else:
         url = settings.database_url.get_secret_value()
-    if settings.migrate_on_start:
-        await migrate(url, settings)
     database = database_of(url, settings)
     stack.push_async_callback(database.close)
-    await database.connect()
     repository = QuoteRepository(database, settings)
     tracer = None if spans is None else spans.get_tracer("opa-quotes")
     writer = await stack.enter_async_context(Writer(repository.write, settings, tracer))
     stack.enter_context(_told_to_stop(writer))
+    await _reach(database, url, settings, writer)
     health = Health(SystemRepository(database), settings, head())
     monitor = Monitor(StorageRepository(database), settings, health.report)
     await stack.enter_async_context(monitor)
@@ -129,6 +130,27 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
     return Services(settings, repository, writer, health, monitor, readers)
+
+
+async def _reach(database: Database, url: str, settings: Settings, writer: Writer) -> None:
+    """Migrate and connect; wait for an embedded server, which is started again, until the writer is told to stop.
+
+    A worker that ended instead, because it began while that server was away, would end its siblings too: to the
+    supervisor a failed start says that none can succeed.
+    """
+    told = ""
+    while True:
+        try:
+            if settings.migrate_on_start:
+                await migrate(url, settings)
+            return await database.connect()
+        except DatabaseUnavailable as error:
+            if not (embedded.serves(settings) and writer.accepting):
+                raise
+            if error.detail != told:
+                log.warning("waiting for the embedded PostgreSQL", reason=error.detail)
+            told = error.detail
+            await asyncio.sleep(_BETWEEN_TRIES)
 
 
 @contextmanager

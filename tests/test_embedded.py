@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -411,6 +412,13 @@ async def process(url: str, kind: str) -> int:
     return pid
 
 
+async def test_the_server_can_read_every_file_of_its_directory(data_dir: Path) -> None:
+    """A base backup copies all of them."""
+    async with embedded.embedded_postgres(data_dir):
+        owner = (data_dir / "pgdata").stat().st_uid
+        assert {file.stat().st_uid for file in (data_dir / "pgdata").iterdir()} == {owner}
+
+
 @pytest.fixture
 async def watched(data_dir: Path) -> AsyncIterator[str]:
     async with embedded.embedded_postgres(data_dir, watched=True) as url:
@@ -574,6 +582,37 @@ async def test_the_service_lives_on_when_its_database_dies(
         service.process.terminate()
         assert service.process.wait(30) in {0, -signal.SIGTERM}
         assert events(service).count("embedded PostgreSQL runs again") == 3
+        assert "Traceback" not in events(service)
+
+
+async def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(serve: Serve, shared_dir: Path) -> None:
+    """To the supervisor of workers a failed start is a reason to end them all."""
+    data = shared_dir / "waits"
+
+    async def lose_a_worker() -> None:
+        waiting = events(service).count("waiting for the embedded PostgreSQL")
+        config.write_text(sound + "no_such_setting = 1\n")
+        os.kill(postmaster_of(data), signal.SIGKILL)
+        await until(lambda: "no_such_setting" in events(service))
+        workers = re.findall(r"Started server process \[(\d+)\]", events(service))
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        await until(lambda: events(service).count("waiting for the embedded PostgreSQL") > waiting)
+        assert service.process.poll() is None
+
+    with serve(data, "--workers", "2") as service:
+        config = data / "pgdata" / "postgresql.conf"
+        sound = config.read_text()
+        await until(lambda: events(service).count('"event": "started"') == 2)
+        await lose_a_worker()
+        config.write_text(sound)
+        await until(lambda: events(service).count('"event": "started"') == 3)
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{service.url}/health/ready")).status_code == 200
+        await lose_a_worker()
+        began = time.monotonic()
+        service.process.terminate()
+        assert service.process.wait(30) in {0, -signal.SIGTERM}
+        assert time.monotonic() - began < 15
         assert "Traceback" not in events(service)
 
 

@@ -69,13 +69,18 @@ def url(data_dir: Path | None = None) -> str:
     return _url(_socket(_absolute(data_dir)))
 
 
-def volume(settings: Settings) -> Path | None:
-    """A path on the volume of the embedded server's data, None if the settings lead to another server.
+def serves(settings: Settings) -> bool:
+    """Whether the settings lead to the embedded server, this process' own or the one that it shares.
 
     Of several workers each was given the URL of the embedded server that they share.
     """
     given = None if settings.database_url is None else settings.database_url.get_secret_value()
-    return _absolute(settings.data_dir) if given in {None, url(settings.data_dir)} else None
+    return given in {None, url(settings.data_dir)}
+
+
+def volume(settings: Settings) -> Path | None:
+    """A path on the volume of the embedded server's data, None if the settings lead to another server."""
+    return _absolute(settings.data_dir) if serves(settings) else None
 
 
 def _absolute(data_dir: Path | None) -> Path:

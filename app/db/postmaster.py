@@ -104,6 +104,8 @@ class Postmaster:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
         output = os.open(self._data / "start.log", flags, 0o600)
         try:
+            if self._user is not None:  # a base backup reads every file of the directory
+                os.fchown(output, self._user.pw_uid, self._user.pw_gid)
             self._child = subprocess.Popen(  # noqa: S603  program and arguments are our own
                 [self._program, "-D", self._data],
                 stdin=subprocess.DEVNULL,
@@ -124,7 +126,7 @@ class Postmaster:
         return False
 
     def stop(self, *, immediately: bool = False) -> None:
-        """Stop it if it runs, and wait: 45 s at most. Open transactions end, acknowledged ones are on disk.
+        """Stop it and what it left behind, and wait: 50 s at most. Acknowledged transactions are on disk.
 
         Raises:
             StartupError: it cannot be ended.
@@ -185,7 +187,7 @@ class Postmaster:
 
     def _serves(self, pid: int) -> bool:
         if not Path("/proc/self/cmdline").exists():
-            return _alive(pid)
+            return _alive(pid)  # without /proc no more can be known; `pg_ctl` trusts the file as much
         program, *arguments = _command(pid)
         given = [os.fsdecode(value) for flag, value in pairwise(arguments) if flag == b"-D"]
         return os.path.basename(program) == b"postgres" and os.path.realpath(self._data) in map(  # noqa: PTH119  bytes

@@ -118,7 +118,7 @@ def _url(socket: Path) -> str:
 def _socket(directory: Path) -> Path:
     """The directory of the socket: beside the data, unless a socket cannot have that path."""
     socket = directory / "run"
-    # A comma parts hosts, for the server and for its clients.
+    # A comma parts hosts, for the server and for its clients; every other character stands for itself.
     if len(os.fsencode(socket)) <= _SOCKET_PATH_LIMIT and "," not in str(socket):
         return socket
     name = hashlib.blake2b(str(directory).encode(), digest_size=8).hexdigest()
@@ -374,7 +374,7 @@ class _Cluster:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         values = {
             "listen_addresses": "",
-            "unix_socket_directories": f'"{self.socket.as_posix().replace(chr(34), chr(34) * 2)}"',
+            "unix_socket_directories": str(self.socket),
             "cluster_name": self.postmaster.name,
             "shared_preload_libraries": "timescaledb" if self.server.timescaledb else "",
             "shared_buffers": f"{max(128, min(memory // 8, 1024))}MB",

@@ -459,6 +459,12 @@ OVERVIEW: Final = (
                 [(_rate("quotes_http_request_body_bytes_sum", "job"), "received")],
                 "Bps",
             ),
+            Panel(
+                "Clocks",
+                "How far those of the service and of the database are apart; `/health` says which is ahead.",
+                [(f"abs(quotes_clock_difference_seconds{{{INSTANCE}}})", "{{instance}}")],
+                "s", lines=(Line("QuotesClockDifference"),),
+            ),
         ),
     ),
     Row(

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
 from app.db.engine import Connection, Database
-from app.db.hosts import Server, hosts_of
+from app.db.hosts import Control, Server, hosts_of
 from app.db.replicas import ReplicatedDatabase
 from app.errors import DatabaseUnavailable
 from app.main import create_app
@@ -425,6 +425,10 @@ def test_a_standby_of_another_history_stays_out(pair: Pair) -> None:
     assert not judged(101, 200)
     replica.seen = standby = replace(standby, started=datetime(2026, 1, 3, tzinfo=UTC))
     assert judged(200, 200)
+
+    # A standby of another database, which has replayed less.
+    replica.seen = standby = replace(standby, started=datetime(2026, 1, 4, tzinfo=UTC), control=Control(2))
+    assert not judged(100, 200)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
-from app.db.engine import Database
+from app.db.engine import Connection, Database
 from app.db.hosts import Control, Server, choose, name_of
 from app.db.migrate import migrate
 from app.errors import DatabaseUnavailable
@@ -98,6 +98,12 @@ def settings(*servers: _Cluster, **changes: Any) -> Settings:
     return Settings(_env_file=None, **values | changes)
 
 
+async def socket_of(connection: Connection) -> Path:
+    """Of the server at the other end; a name in the list of directories may be quoted."""
+    listed: str = await connection.fetchval("SHOW unix_socket_directories")
+    return Path(listed.strip('"'))
+
+
 async def reached(*servers: _Cluster) -> Path:
     """The socket of the server that a new process writes to.
 
@@ -106,8 +112,7 @@ async def reached(*servers: _Cluster) -> Path:
     """
     database = Database(url(*servers), settings(*servers))
     async with database.dedicated(10) as connection:
-        directory: str = await connection.fetchval("SHOW unix_socket_directories")
-    return Path(directory)
+        return await socket_of(connection)
 
 
 @contextmanager
@@ -300,7 +305,7 @@ async def test_an_address_that_moves(shared_dir: Path) -> None:
 
             async def written_to() -> Path:
                 async with database.acquire() as connection:
-                    return Path(await connection.fetchval("SHOW unix_socket_directories"))
+                    return await socket_of(connection)
 
             address.target = two
             promote(two)
@@ -319,7 +324,7 @@ async def test_whoever_finds_the_new_primary_breaks_what_waits_for_the_old_one(s
             promote(two)
             database.doubt()
             async with database.acquire() as new:
-                assert await new.fetchval("SHOW unix_socket_directories") == str(two.socket)
+                assert await socket_of(new) == two.socket
             assert old.is_closed()
         await database.close()
 

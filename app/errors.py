@@ -19,6 +19,7 @@
     │   ├── OutcomeUnknown      503  nobody knows whether a commit has happened
     │   ├── CommitsWaiting      503  too many commits wait for a standby already
     │   ├── QuotesLocked        503  maintenance holds the chunk, or another write the key
+    │   ├── SettingsChanged         503  the store keeps fewer quotes than a moment ago
     │   ├── DatabaseRefused     503  the database will not do this, and would not later either
     │   └── DatabaseDamaged     503  the database found itself damaged
     ├── QueryTimeout            503  a statement ran over its time
@@ -238,6 +239,16 @@ class QuotesLocked(DatabaseUnavailable):
     code = "quotes-locked"
     title = "Quotes are locked"
     retry_after = 5.0
+
+
+class SettingsChanged(DatabaseUnavailable):
+    """The store's retention has become shorter since the quotes were checked; nothing was stored."""
+
+    code = "settings-changed"
+    title = "Settings have changed"
+
+    def __init__(self) -> None:
+        super().__init__("The retention of the store has become shorter; send the same again to see what it takes.")
 
 
 class DatabaseRefused(DatabaseUnavailable):

@@ -415,7 +415,7 @@ def apply(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Change the settings of the store: to the options given, or else to those of the environment that are set.
+    """Change the settings of the store: those given as options, or without any those that the environment sets.
 
     Says first what will be dropped, and does it only if told so.
     """
@@ -430,7 +430,7 @@ def apply(
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_POLICIES)
         facts = repository.facts
-        changed: dict[str, Any] = {change.name: change.told for change in facts.differences(told)} | given
+        changed: dict[str, Any] = given or {change.name: change.told for change in facts.differences(told)}
         wanted = replace(facts, **changed)
         if fault := fault_of(wanted.retention, wanted.chunk_interval, wanted.compress_after):
             raise InvalidRequest(f"{fault[0].upper()}{fault[1:]}.")

@@ -25,6 +25,8 @@ from app.errors import InvalidRequest
 
 MIB = 1024 * 1024
 DAY = timedelta(days=1)
+#: Any that reaches before the first instant that can be stored keeps all, and so far back calendars of others end.
+_LONGEST_RETENTION = timedelta(days=200 * 365)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|second|min|minute|h|hour|d|day|w|week|month|y|year)s?")
 _SECONDS = {
     "ms": 0.001, "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600,
@@ -37,7 +39,10 @@ def _duration(value: object) -> object:
     if isinstance(value, str) and value.strip() == "0":
         return timedelta(0)
     if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip().lower())):
-        return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
+        try:
+            return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
+        except OverflowError:
+            raise ValueError("is longer than any time") from None
     return value
 
 
@@ -57,7 +62,8 @@ def span(text: str, name: str) -> timedelta | None:
         value: timedelta | None = _SPAN.validate_python(text)
     except ValidationError:
         value = timedelta(0)
-    if (value is None and text.strip() == "") or (value is not None and value <= timedelta(0)):
+    absent = value is None and (text.strip() == "" or not name.endswith("retention"))
+    if absent or (value is not None and value <= timedelta(0)):
         raise InvalidRequest(f"{name} is a time such as `30 days` or `2 years`.")
     return value
 
@@ -70,6 +76,8 @@ def fault_of(retention: timedelta | None, chunk_interval: timedelta, compress_af
         return "compress_after must be at least chunk_interval"
     if retention is None:
         return None
+    if retention > _LONGEST_RETENTION:
+        return "retention must be at most 200 years; `none` keeps all quotes"
     if retention < 4 * max(chunk_interval, DAY):
         return "retention must span at least four days and four chunks (retention >= 4 x chunk_interval)"
     if compress_after >= retention:

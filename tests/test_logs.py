@@ -183,12 +183,12 @@ def test_no_secret_is_logged_at_any_level(serve: Serve, shared_dir: Any, how: st
         "QUOTES_DATABASE_URL": URL, "QUOTES_ADMIN_TOKEN": "hunter2-admin", "QUOTES_PAGE_TOKEN_KEY": "hunter2-page",
         "QUOTES_LOG_LEVEL": "DEBUG", "QUOTES_LOG_FORMAT": how,
     }  # fmt: skip
-    with serve(shared_dir / "secret", ready=False, **secrets) as refused:
+    with serve(shared_dir / "unlogged", ready=False, **secrets) as refused:
         refused.process.wait(60)
     assert "cannot be reached" in refused.log.read_text()
     assert "hunter2" not in refused.log.read_text()
     del secrets["QUOTES_DATABASE_URL"]
-    with serve(shared_dir / "secret", **secrets) as service:
+    with serve(shared_dir / "unlogged", **secrets) as service:
         for token in ("hunter2-admin", "hunter2-other"):
             httpx.delete(
                 f"{service.url}/v1/quotes", params={"symbol": "A", "start": "2026-01-01", "end": "2026-01-02"},

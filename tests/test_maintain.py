@@ -17,12 +17,12 @@ from anyio import to_thread
 from typer.testing import CliRunner, Result
 
 from app import cli
-from app.clock import Instant, Nanoseconds, nanoseconds
+from app.clock import EPOCH, Instant, Nanoseconds, nanoseconds
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
-from app.db.migrate import migrate
-from app.errors import InvalidQuotes, InvalidRequest
+from app.db.migrate import downgrade, migrate
+from app.errors import InvalidQuotes, InvalidRequest, SettingsChanged
 from app.main import create_app
 from app.repository.bars import Bar, BarPrice
 from app.repository.maintenance import MaintenanceRepository
@@ -87,10 +87,13 @@ class Store:
 
     async def insert(self, rows: list[dict[str, Any]]) -> int:
         facts = self.database.facts
+        await self.execute("UPDATE quotes.settings SET retention = NULL")
         self.database.facts = replace(facts, retention=None)
         try:
             return (await self.quotes.bulk_insert(rows)).inserted
         finally:
+            days = "NULL" if facts.retention is None else f"interval '{facts.retention.days} days'"
+            await self.execute(f"UPDATE quotes.settings SET retention = {days}")
             self.database.facts = facts
 
     async def execute(self, statement: str) -> None:
@@ -317,6 +320,39 @@ async def test_a_shorter_retention_says_first_what_goes(store: Store) -> None:
     elif level < Level.APACHE:
         await store.maintain("apply", "--retention", "none")
         assert await store.fill("AAA", start, 1) == 144, "no bars outlive their quotes here"
+
+
+async def test_no_quote_slips_in_behind_a_shorter_retention(store: Store) -> None:
+    """Whoever opened the store before learns of it with the first late quote, also without a health check."""
+    old = (NOW - 60 * DAY).replace(hour=3)
+    async with QuoteRepository.open(store.url, store.settings) as library:
+        assert (await library.bulk_insert([tick("AAA", old, 1)])).inserted == 1
+        await store.maintain("apply", "--retention", "45 days", "--yes")
+        await store.maintain("drop")
+        with pytest.raises(SettingsChanged):
+            await library.bulk_insert([tick("AAA", old + DAY, 1)])
+        with pytest.raises(InvalidQuotes) as caught:
+            await library.bulk_insert([tick("AAA", old + DAY, 1)])
+        assert caught.value.rejections[0].code == "timestamp-too-old"
+        assert (await library.bulk_insert([tick("AAA", NOW - 10 * DAY, 1)])).inserted == 1
+
+
+async def test_what_was_dropped_is_known_after_a_way_down_and_up(store: Store) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("bars live with their quotes at this level")
+    start = (NOW - 95 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 2)
+    await store.fill("AAA", NOW - 2 * DAY, 1)
+    await store.maintain("drop")
+    await store.maintain("apply", "--retention", "none")
+    await store.database.connect()
+    dropped = store.database.facts.dropped_before
+    assert dropped is not None
+    await downgrade(store.url, store.settings, "r4")
+    await migrate(store.url, store.settings)
+    await store.database.connect()
+    assert store.database.facts.retention is None
+    assert (store.database.facts.dropped_before or EPOCH) >= dropped
 
 
 async def test_another_setting_than_the_store_has_is_degraded_and_named(store: Store) -> None:

@@ -26,13 +26,16 @@ from app.repository.receipts import IdempotencyKey
 from app.settings import Settings
 from app.writer import Writer
 
-NOW = datetime.now(UTC) - timedelta(seconds=1)
+
+def now() -> datetime:
+    return datetime.now(UTC) - timedelta(seconds=1)
 
 
 def write(rows: int = 1, symbol: str = "A", age: timedelta = timedelta(0)) -> Write:
+    newest = now() - age
     return Write(
         Batch.from_rows(
-            [{"symbol": symbol, "timestamp": NOW - age - timedelta(seconds=i), "price": 1} for i in range(rows)]
+            [{"symbol": symbol, "timestamp": newest - timedelta(seconds=i), "price": 1} for i in range(rows)]
         )
     )
 
@@ -324,7 +327,7 @@ async def test_live_quotes_do_not_wait_for_late_ones() -> None:
 )
 async def test_a_request_is_late_by_its_oldest_quote(age: timedelta, expected: bool) -> None:
     chunks = Chunks(set())
-    both = Write(Batch.from_rows([{"symbol": "A", "timestamp": at, "price": 1} for at in (NOW - age, NOW)]))
+    both = Write(Batch.from_rows([{"symbol": "A", "timestamp": at, "price": 1} for at in (now() - age, now())]))
     async with Writer(chunks, make_settings()) as writer:
         await writer.submit(both)
     assert [attempt.late for _, attempt in chunks.attempts] == [expected]

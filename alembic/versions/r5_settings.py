@@ -95,7 +95,7 @@ $$
 # A chunk below what was dropped has what came there since, not by the service: no bar can be built of it.
 COMPLETE = """
             SELECT coalesce(low < dropped_before, false) INTO remnant FROM quotes.settings;
-            IF NOT remnant AND quotes.bars_behind(low, high) THEN
+            IF NOT remnant AND quotes.bars_behind(first, last) THEN
                 COMMIT;
                 -- What a refresh changes is in the log of the next one when it is committed.
                 CALL refresh_continuous_aggregate('quotes.ohlc_1m', low, high);
@@ -107,7 +107,7 @@ COMPLETE = """
             END IF;
             -- Nothing is dropped that came meanwhile: the chunks are locked against writes before this is asked.
             EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', names);
-            IF NOT remnant AND quotes.bars_behind(low, high) THEN
+            IF NOT remnant AND quotes.bars_behind(first, last) THEN
                 RAISE EXCEPTION 'the bars from % to % are not complete, so that their quotes stay', low, high;
             END IF;
             UPDATE quotes.settings SET dropped_before = greatest(dropped_before, high);"""
@@ -125,6 +125,8 @@ DECLARE
     cutoff timestamptz;
     low timestamptz;
     high timestamptz;
+    first timestamptz;
+    last timestamptz;
     dropped timestamptz;
     names text;
     remnant boolean;
@@ -140,7 +142,8 @@ BEGIN
             WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time' AND range_end <= cutoff
             ORDER BY range_start LIMIT 1;
             EXIT WHEN high IS NULL;
-            SELECT string_agg(format('%I.%I', chunk_schema, chunk_name), ', ') INTO names
+            SELECT string_agg(format('%I.%I', chunk_schema, chunk_name), ', '), min(range_start), max(range_end)
+            INTO names, first, last
             FROM timescaledb_information.chunks
             WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time' AND range_end <= high;{complete}
             PERFORM drop_chunks('quotes.real_time', older_than => high);
@@ -164,12 +167,12 @@ SELECT (SELECT (config ->> 'drop_after')::interval FROM timescaledb_information.
        (SELECT (config ->> 'compress_after')::interval FROM timescaledb_information.jobs
         WHERE hypertable_schema = 'quotes' AND proc_name = 'policy_compression')
 """
-# Where the policy of before has dropped, the oldest chunk is the first that it has left.
+# Where quotes were dropped before, whatever the retention is now, their bars begin before the oldest chunk.
 DROPPED = """
 UPDATE quotes.settings SET dropped_before = oldest.start
 FROM (SELECT min(range_start) AS start FROM timescaledb_information.chunks
       WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time') oldest
-WHERE retention IS NOT NULL AND EXISTS (SELECT FROM quotes.ohlc_1d WHERE timestamp < oldest.start - interval '1 day')
+WHERE EXISTS (SELECT FROM quotes.ohlc_1d WHERE timestamp < oldest.start - interval '1 day')
 """
 
 

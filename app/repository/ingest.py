@@ -8,7 +8,7 @@ writers queue up instead of deadlocking.
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
@@ -19,8 +19,9 @@ from pgpq import ArrowToPostgresBinaryEncoder
 from app.clock import nanoseconds, parts
 from app.db.capability import Level
 from app.db.engine import Connection, Database
+from app.db.facts import FACTS, Facts
 from app.db.transactions import Transactions
-from app.errors import Conflict, QuotesError, Rejection
+from app.errors import Conflict, QuotesError, Rejection, SettingsChanged
 from app.quote.batch import Batch, Ends, ends, joined
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.quote.terms import OnConflict, OnError, Receipt
@@ -29,6 +30,8 @@ from app.settings import Settings
 
 _Result = TypeVar("_Result")
 
+#: A quote at the edge when it was checked may lie behind it when it is written.
+_SETTLING: Final = timedelta(minutes=10)
 #: Wait for a lock of whoever does not say, in seconds.
 _LOCK_TIMEOUT: Final = 5.0
 _COLUMNS: Final = ", ".join(COLUMNS.names)
@@ -236,6 +239,20 @@ class Ingest:
         whole = self._whole
         return await self._transactions.run(work, within=whole.within, lock_timeout=whole.lock_timeout, end=end)
 
+    async def _hold_facts(self, connection: Connection, writes: Sequence[Write]) -> None:
+        """See that late quotes are still taken, by the settings of the store, and let nobody change those meanwhile.
+
+        Raises:
+            SettingsChanged: they are not; sent again, they are refused row by row.
+        """
+        row = await connection.fetchrow(f"{FACTS} FOR SHARE")
+        facts = self._database.facts = Facts.of(row or ())
+        oldest = facts.oldest(datetime.now(UTC) - _SETTLING)
+        found = [moment for write in writes if (moment := write.batch.oldest) is not None]
+        if oldest is not None and found and min(found) < oldest:
+            raise SettingsChanged
+        await connection.execute("SAVEPOINT fresh")  # what is locked after a savepoint is unlocked with it
+
     async def _store(
         self, connection: Connection, writes: Sequence[Write], *, late: bool
     ) -> list[Receipt | QuotesError]:
@@ -248,6 +265,8 @@ class Ingest:
 
     async def _try(self, connection: Connection, writes: Sequence[Write], *, late: bool) -> list[Receipt | QuotesError]:
         """Write the rows; `quotes.latest` does not know of them yet."""
+        if late:
+            await self._hold_facts(connection, writes)
         if not self._repeats[late] and await self._copy(connection, joined([write.batch for write in writes])):
             return [write.batch.receipt(inserted=len(write.batch)) for write in writes]
         return await self._merge(connection, writes, late=late)

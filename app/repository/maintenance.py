@@ -18,7 +18,7 @@ import asyncpg
 from app.db.capability import Capability, Level
 from app.db.engine import Connection, Database, detect, read_facts
 from app.db.facts import Facts
-from app.errors import DatabaseUnavailable
+from app.errors import DatabaseRefused, DatabaseUnavailable
 from app.repository import storage
 from app.repository.storage import Chunk
 from app.settings import DAY as _DAY
@@ -142,8 +142,15 @@ class MaintenanceRepository:
             rows = await self._expired_rows(cutoff)
             return Loss([], rows, cutoff) if rows else None
         chunks = [chunk for chunk in await self.chunks() if chunk.end <= cutoff]
-        rows = sum([await self._connection.fetchval(_ESTIMATE, chunk.name) for chunk in chunks])
+        rows = sum([await self._rows(chunk) for chunk in chunks])
         return Loss(chunks, rows, cutoff) if chunks else None
+
+    async def _rows(self, chunk: Chunk) -> int:
+        if chunk.state == "rowstore" and chunk.rows is None:  # nobody has looked at it yet
+            counted: int = await self._connection.fetchval(f"SELECT count(*) FROM {chunk.name}")
+            return counted
+        estimated: int = await self._connection.fetchval(_ESTIMATE, chunk.name)
+        return estimated
 
     async def expired_rows(self, now: datetime) -> int:
         """Quotes of a plain table that are past their retention."""
@@ -301,6 +308,8 @@ class MaintenanceRepository:
                         "The chunk is in use all the time; run the same command later."
                     ) from error
                 await asyncio.sleep(attempt)
+            except asyncpg.RaiseError as error:
+                raise DatabaseRefused(f"Nothing more was dropped: {error}.") from error
             else:
                 return
 

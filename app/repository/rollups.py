@@ -64,13 +64,15 @@ async def stretches(
 ) -> list[Stretch]:
     """Cut [`start`, `end`) (aware) into stretches, read from `source` wherever it is up to date.
 
-    `floor`, a midnight, may be of a while ago; that of now comes with the log.
+    `floor` is raised to a midnight, so that no bucket that is read from below it reaches above it. It may be of a while
+    ago; that of now comes with the log.
     """
-    if floor is not None and floor >= end:
+    known = start if floor is None else max(start, floor + (EPOCH - floor) % ROLLUPS[0][1])
+    if known >= end:
         return [Stretch(source, start, end)]
     rows = await connection.fetch(_INVALID, microseconds(start), microseconds(end))
     dropped = [_moment(first, start, end) for name, first, _ in rows if name is None]
-    lowest = max([start, *dropped])
+    lowest = max([known, *dropped])
     if lowest >= end:
         return [Stretch(source, start, end)]
     invalid: dict[str, list[Span]] = {}

@@ -164,6 +164,14 @@ async def empty_url(lane: Lane, shared_dir: Path) -> AsyncIterator[str]:
             yield url
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the long tests to a run of their own."""
+    if not os.environ.get("TEST_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: `make test-long` runs it"))
+
+
 @pytest.fixture(autouse=True)
 def _only_where_clients_run_at_once(request: pytest.FixtureRequest) -> None:
     spec = getattr(request.node, "callspec", None)

@@ -325,6 +325,7 @@ async def test_a_dump_is_restored_by_hand(lane: Lane, empty_url: str, tmp_path: 
         await goes_on(lane, url, symbols)
 
 
+@pytest.mark.long
 @pytest.mark.concurrent
 async def test_verification_holds_while_quotes_arrive(
     lane: Lane, empty_url: str, tmp_path: Path, opa_quotes: Path
@@ -503,6 +504,7 @@ async def test_a_restore_looks_before_it_begins(lane: Lane, empty_url: str, tmp_
             assert re.fullmatch(r"The dump has TimescaleDB [\d.]+, and this server has not loaded TimescaleDB\.", told)
 
 
+@pytest.mark.long
 @pytest.mark.concurrent
 async def test_a_restore_that_fails_half_way_says_so(lane: Lane, empty_url: str, tmp_path: Path) -> None:
     await require_programs(empty_url)
@@ -593,6 +595,7 @@ async def test_a_password_is_in_the_environment_only(store: tuple[_Cluster, str]
         assert "--dbname=postgresql://quotes@/quotes?host=" in arguments
 
 
+@pytest.mark.long
 async def test_a_stopped_backup_leaves_nothing(store: tuple[_Cluster, str], tmp_path: Path) -> None:
     backups, slow = tmp_path / "backups", tmp_path / "bin"
     slow.mkdir()
@@ -655,6 +658,7 @@ async def test_rotation_deletes_its_own_and_says_which(store: tuple[_Cluster, st
     assert (status, "--keep and --every are for a directory" in errors) == (2, True)
 
 
+@pytest.mark.long
 async def test_a_schedule_makes_no_more_dumps_after_a_restart(store: tuple[_Cluster, str], tmp_path: Path) -> None:
     for _ in range(2):
         process = await start("backup", tmp_path, "--every", "24h", url=store[1])
@@ -792,6 +796,7 @@ async def test_recovery_to_a_point_in_time_as_documented(shared_dir: Path) -> No
                 await asyncio.to_thread(
                     replace(cluster, data=places["RECOVERED"]).run, "pg_ctl", "stop", "--mode=immediate"
                 )
+            await asyncio.to_thread(cluster.stop)  # its own child, of which the context knows nothing
 
 
 @pytest.mark.concurrent

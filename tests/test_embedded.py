@@ -547,7 +547,7 @@ def events(service: Service) -> str:
     return service.log.read_text()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "2"])
 async def test_the_service_lives_on_when_its_database_dies(
     serve: Serve, shared_dir: Path, symbol: str, workers: str
 ) -> None:
@@ -616,7 +616,7 @@ async def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(serv
         assert "Traceback" not in events(service)
 
 
-@pytest.mark.parametrize("state", ["dead", "halted"])
+@pytest.mark.parametrize("state", ["dead", pytest.param("halted", marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_the_service_stops_while_its_database_is(
     serve: Serve, shared_dir: Path, state: str, how: signal.Signals

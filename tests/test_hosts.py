@@ -405,7 +405,10 @@ def processes(server: _Cluster, pids: list[int]) -> list[int]:
     return [int((server.data / "postmaster.pid").read_text().split()[0]), *pids]
 
 
-@pytest.mark.parametrize("synchronous", [False, True], ids=["asynchronous", "synchronous"])
+@pytest.mark.parametrize(
+    "synchronous",
+    [pytest.param(False, id="asynchronous", marks=pytest.mark.long), pytest.param(True, id="synchronous")],
+)
 async def test_what_was_acknowledged_outlives_its_primary(shared_dir: Path, synchronous: bool) -> None:
     """The primary hangs, a standby is gone, the other is promoted, and the old primary wakes up and takes writes."""
     with three(shared_dir / random_symbol()) as (one, two, third):

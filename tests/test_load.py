@@ -1221,7 +1221,10 @@ async def test_quotes_that_were_deleted_are_stored_again(store: Store, tmp_path:
     assert len(store.rows) == 10
 
 
-@pytest.mark.parametrize("on_conflict", get_args(OnConflict))
+@pytest.mark.parametrize(
+    "on_conflict",
+    [pytest.param(how, marks=pytest.mark.long if how in {"merge", "ignore"} else ()) for how in get_args(OnConflict)],
+)
 def test_a_loader_that_is_killed_again_and_again_counts_each_row_once(
     service_url: str, symbol: str, tmp_path: Path, on_conflict: str
 ) -> None:

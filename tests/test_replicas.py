@@ -240,6 +240,7 @@ async def test_a_read_that_fails_on_the_standby_runs_on_the_primary(pair: Pair) 
         await within(10, lambda: in_standby(database))
 
 
+@pytest.mark.long
 async def test_a_standby_that_lost_its_primary_grows_old(pair: Pair) -> None:
     async with replicated(pair) as database:
         await within(5, lambda: in_standby(database))

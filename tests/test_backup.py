@@ -542,7 +542,9 @@ async def store(shared_dir: Path) -> AsyncIterator[tuple[_Cluster, str]]:
         async with connected(lane, url) as database:
             quotes = QuoteRepository(database, lane.make_settings())
             await quotes.bulk_insert([{"symbol": "A", "timestamp": START, "price": 1}])
-        yield _Cluster.prepare(directory), url
+        cluster = _Cluster.prepare(directory)
+        yield cluster, url
+        await asyncio.to_thread(cluster.stop)  # if a test started it again, it is a child of this one
 
 
 async def test_what_cannot_be_is_refused_by_a_sentence(store: tuple[_Cluster, str], tmp_path: Path) -> None:

@@ -674,6 +674,7 @@ async def test_a_schedule_makes_no_more_dumps_after_a_restart(store: tuple[_Clus
     assert (status, "--every is a duration" in errors) == (2, True)
 
 
+@pytest.mark.long
 async def test_the_embedded_store_running_or_not(shared_dir: Path, tmp_path: Path, opa_quotes: Path) -> None:
     source, target = shared_dir / random_symbol(), shared_dir / random_symbol()
     async with embedded_postgres(source) as url:

@@ -329,6 +329,7 @@ async def test_whoever_finds_the_new_primary_breaks_what_waits_for_the_old_one(s
         await database.close()
 
 
+@pytest.mark.long
 async def test_a_host_that_does_not_answer_holds_up_no_connection(shared_dir: Path) -> None:
     held = 0
 

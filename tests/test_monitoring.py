@@ -208,6 +208,7 @@ def test_nothing_fires_when_nothing_is_wrong(watched: Scene) -> None:
     assert {name for name in watched.prometheus.firing() if "Latency" not in name} == set()
 
 
+@pytest.mark.long
 def test_central_prometheuses_that_federate_and_that_are_written_to(watched: Scene, shared_dir: Path) -> None:
     federate = central("federate")
     federate["scrape_configs"][0] |= {
@@ -280,6 +281,7 @@ def locks(pair: Pair) -> Iterator[None]:
         holder.join()
 
 
+@pytest.mark.long
 def test_errors_of_a_table_that_is_missing(watched: Scene) -> None:
     alerts = {"QuotesHypertableUnhealthy", "QuotesErrorsHigh", "QuotesErrorBudgetBurn 1h"}
     asyncio.run(execute(watched.pair, "ALTER TABLE quotes.real_time RENAME TO elsewhere"))

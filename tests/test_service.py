@@ -234,6 +234,7 @@ def test_a_result_is_reported_to_a_supervisor(serve: Serve, shared_dir: Path) ->
     assert "could not be reported: no answer" in unheard.stderr
 
 
+@pytest.mark.long
 def test_a_report_that_nobody_takes_has_its_own_exit_status(service_url: str, shared_dir: Path) -> None:
     asked: list[str] = []
 

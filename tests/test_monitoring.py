@@ -309,6 +309,7 @@ def test_the_database_stops_and_its_symptoms_are_not_told(watched: Scene) -> Non
     server.wait_quiet(alerts)
 
 
+@pytest.mark.long
 def test_the_service_hangs_and_then_is_not_looked_for(watched: Scene) -> None:
     server = watched.prometheus
     watched.service.process.send_signal(signal.SIGSTOP)

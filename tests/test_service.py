@@ -207,6 +207,7 @@ def test_health_on_the_command_line(serve: Serve, shared_dir: Path) -> None:
     assert report["checks"]["database"]["latency_ms"] > 0
 
 
+@pytest.mark.long
 def test_a_result_is_reported_to_a_supervisor(serve: Serve, shared_dir: Path) -> None:
     received: list[dict[str, Any]] = []
 

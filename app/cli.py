@@ -24,6 +24,7 @@ import uvicorn
 from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
+from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__, backup, logs, maintain, traces
 from app import demo as market
@@ -39,6 +40,7 @@ from app.maintain import DataDir, Json
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
 from app.settings import Settings
+from app.workers import has_started
 
 #: Longer than the drain, in which every request gets its answer: the server would end those without one.
 _GRACE: Final = timedelta(seconds=5)
@@ -114,6 +116,8 @@ def serve(
             timeout_graceful_shutdown=math.ceil((settings.drain_timeout + _GRACE).total_seconds()),
             timeout_keep_alive=_KEEP_ALIVE,
         )
+        if workers > 1 and not has_started(Path(environment["PROMETHEUS_MULTIPROC_DIR"])):
+            sys.exit(STARTUP_FAILURE)  # as the server itself does of one process
 
 
 @contextmanager

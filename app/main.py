@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 _READERS: Final = 2
 #: Seconds between SIGTERM and the end of listening, in which clients that keep a connection are told to leave it.
 _NOTICE: Final = 1.0
-#: Seconds between two attempts to reach the embedded database at the start.
+#: Seconds between two attempts to reach the database at the start.
 _BETWEEN_TRIES: Final = 0.5
 
 
@@ -133,22 +133,23 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
 
 
 async def _reach(database: Database, url: str, settings: Settings, writer: Writer) -> None:
-    """Migrate and connect; wait for an embedded server, which is started again, until the writer is told to stop.
+    """Migrate and connect; wait, until the writer is told to stop, for a server that is known to come back.
 
-    A worker that ended instead, because it began while that server was away, would end its siblings too: to the
-    supervisor a failed start says that none can succeed.
+    An embedded one is started again. Where other workers have reached it, it is away but for a time, and a worker that
+    ended instead would end its siblings too: to the supervisor a failed start says that none can succeed.
     """
     told = ""
     while True:
         try:
             if settings.migrate_on_start:
                 await migrate(url, settings)
-            return await database.connect()
+            await database.connect()
+            return workers.note_started()
         except DatabaseUnavailable as error:
-            if not (embedded.serves(settings) and writer.accepting):
+            if not (writer.accepting and (embedded.serves(settings) or workers.has_started())):
                 raise
             if error.detail != told:
-                log.warning("waiting for the embedded PostgreSQL", reason=error.detail)
+                log.warning("waiting for PostgreSQL", reason=error.detail)
             told = error.detail
             await asyncio.sleep(_BETWEEN_TRIES)
 

@@ -1,4 +1,4 @@
-"""The place of this process among the server's workers, and the files of its metrics.
+"""The place of this process among the server's workers, what they know of each other, and the files of its metrics.
 
 prometheus_client shares metrics between processes in one file for each process and kind of metric, and sums them up
 at a scrape. By process id these files would pile up with every worker that dies, and the gauges of the dead would
@@ -18,6 +18,7 @@ from prometheus_client import values
 from app.settings import metrics_directory
 
 _directory: Final = metrics_directory()
+_STARTED: Final = "started"
 
 
 def _locked(file: Path) -> IO[bytes] | None:
@@ -74,6 +75,17 @@ def leads() -> bool:
             return False
         _leading.append(lock)
     return True
+
+
+def note_started() -> None:
+    """Note that a process of this service has started: what is set is right, and one that cannot start may later."""
+    if _directory is not None:
+        (_directory / _STARTED).touch()
+
+
+def has_started(directory: Path | None = _directory) -> bool:
+    """Whether a process of this service, which may be gone by now, has started; False where there is but one."""
+    return directory is not None and (directory / _STARTED).exists()
 
 
 def clear_gauges() -> None:

@@ -22,7 +22,9 @@ def directory(shared_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("victims", "times"), [(("service", "worker", "embedded"), 1), (("database",), 2)], ids=["own", "native"]
+    ("victims", "times"),
+    [(("service", "worker", "embedded"), 1), (("database",), 2), (("worker and database",), 1)],
+    ids=["own", "native", "both"],
 )
 async def test_kill_9_loses_nothing_that_was_acknowledged(
     directory: Path, victims: tuple[kills.Victim, ...], times: int

@@ -590,13 +590,13 @@ async def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(serv
     data = shared_dir / "waits"
 
     async def lose_a_worker() -> None:
-        waiting = events(service).count("waiting for the embedded PostgreSQL")
+        waiting = events(service).count("waiting for PostgreSQL")
         config.write_text(sound + "no_such_setting = 1\n")
         os.kill(postmaster_of(data), signal.SIGKILL)
         await until(lambda: "no_such_setting" in events(service))
         workers = re.findall(r"Started server process \[(\d+)\]", events(service))
         os.kill(int(workers[-1]), signal.SIGKILL)
-        await until(lambda: events(service).count("waiting for the embedded PostgreSQL") > waiting)
+        await until(lambda: events(service).count("waiting for PostgreSQL") > waiting)
         assert service.process.poll() is None
 
     with serve(data, "--workers", "2") as service:

@@ -20,7 +20,7 @@ import pytest
 
 from app import __version__
 from app.db import embedded
-from tests.conftest import Serve, Service, random_symbol
+from tests.conftest import Serve, Service, free_port, random_symbol
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -172,6 +172,14 @@ async def test_what_waits_when_the_service_stops_has_an_answer(serve: Serve, sha
         await holder.close()
         assert service.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
         assert "Traceback" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_that_cannot_start_says_so_to_its_supervisor(serve: Serve, shared_dir: Path, workers: str) -> None:
+    nobody = f"postgresql://postgres@127.0.0.1:{free_port()}/quotes"
+    with serve(shared_dir / "none", "--workers", workers, ready=False, QUOTES_DATABASE_URL=nobody) as service:
+        assert service.process.wait(60) == 3
+        assert "cannot start" in service.log.read_text()
 
 
 def test_several_workers_share_one_embedded_database(serve: Serve, shared_dir: Path, symbol: str) -> None:

@@ -20,6 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
+from app import writer as writing
 from app.api.headers import prefers_minimal
 from app.client import Client, Refused
 from app.db.capability import Level
@@ -159,6 +160,13 @@ async def test_a_kept_receipt_can_be_read_by_later_versions() -> None:
 
 
 # --- in flight ---
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that waits for `held_up` is not refused, however slow the machine is."""
+    for name in ("_LOCK_LIVE", "_LOCK_LATE"):
+        monkeypatch.setattr(writing, name, 60.0)
 
 
 @asynccontextmanager

@@ -1087,6 +1087,37 @@ async def test_deleting_while_writing_never_leaves_latest_behind(quotes: QuoteRe
     assert nanoseconds(span.first) + span.first_nanos <= min(found)[1]
 
 
+@pytest.mark.concurrent
+@pytest.mark.parametrize("outside", [None, -1000, 1000], ids=["all", "older left", "newer left"])
+async def test_what_is_written_while_a_delete_runs_is_in_latest(
+    lane: Lane, quotes: QuoteRepository, symbol: str, outside: int | None
+) -> None:
+    """The DELETE has begun, and waits for a row, when another quote of its range is stored."""
+    await quotes.bulk_insert([quote(symbol, i, 1) for i in (range(10) if outside is None else (*range(10), outside))])
+    between = [quote(symbol, T0 + timedelta(seconds=at), 2) for at in (5.5, 6.5)]
+    holder = await asyncpg.connect(lane.url)
+    try:
+        await holder.execute("BEGIN")
+        await holder.execute("SELECT FROM quotes.real_time WHERE symbol = $1 AND timestamp = $2 FOR UPDATE", symbol, T0)
+        deleting = asyncio.create_task(quotes.delete_quotes(symbol, T0, T0 + timedelta(seconds=100)))
+        waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+        async with asyncio.timeout(30):
+            while not await holder.fetchval(waits):  # noqa: ASYNC110  what is waited for happens in a database
+                await asyncio.sleep(0.01)
+        assert (await quotes.bulk_insert(between)).inserted == 2
+        await holder.execute("COMMIT")
+        assert await deleting == 10
+    finally:
+        await holder.close()
+    found = sorted(await stored(quotes, symbol))
+    assert len(found) == (2 if outside is None else 3)
+    newest = await quotes.get_latest_quote(symbol)
+    assert newest is not None
+    assert newest.time_ns == found[-1][1]
+    (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
+    assert nanoseconds(span.first) + span.first_nanos == found[0][1]
+
+
 async def test_what_is_read_can_be_written_again(quotes: QuoteRepository, symbol: str) -> None:
     start = nanoseconds(datetime(2026, 11, 20, 10, tzinfo=UTC))
     rows = [

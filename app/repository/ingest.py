@@ -357,19 +357,34 @@ class Ingest:
 
     async def _mend_latest(self, connection: Connection, symbol: str, start: int, stop: int) -> None:
         """Bring a symbol's row of `quotes.latest` in line after a part of its quotes was deleted."""
-        # Writers lock the row after their quotes, as this does: neither waits for the other in a circle.
+        # Writers lock the row after their quotes, as this does: neither waits for the other in a circle. Who had it
+        # before has committed, perhaps quotes of the range that the DELETE did not see; who comes after mends it again.
         held = await connection.fetchrow(_HELD, symbol)
         if held is None:
             return
         first, last = nanoseconds(held[0]) + held[1], nanoseconds(held[2]) + held[3]
+        first_gone, last_gone = start <= first < stop, start <= last < stop
+        if not (first_gone or last_gone):
+            return
+        left = await self._ends_of(connection, symbol, max(start, first), min(stop, last + 1))
         newest: int | None = last
-        if start <= last < stop:
-            newest = await self._newest_before(connection, symbol, start, first)
-        if start <= first < stop and newest is not None:
-            first = await self._oldest_from(connection, symbol, stop, newest)
+        if last_gone:
+            newest = left[1] if left else await self._newest_before(connection, symbol, start, first)
+        if first_gone and newest is not None:
+            first = left[0] if left else await self._oldest_from(connection, symbol, stop, newest)
         await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", symbol)
         if newest is not None:
             await self._hold(connection, {symbol: (first, newest)})
+
+    async def _ends_of(self, connection: Connection, symbol: str, start: int, stop: int) -> Ends | None:
+        """The instants of a symbol's oldest and newest quote in [`start`, `stop`)."""
+        found = []
+        for statement in (_OLDEST, _NEWEST):
+            row = await connection.fetchrow(statement, symbol, *parts(start), *parts(stop))
+            if row is None:  # found at the price of a look at each row just deleted, which is enough once
+                return None
+            found.append(nanoseconds(row[0]) + int(row[1]))
+        return found[0], found[1]
 
     # Both search away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of a
     # few chunks and not of two years.

@@ -24,9 +24,8 @@ import uvicorn
 from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
-from uvicorn.config import STARTUP_FAILURE
 
-from app import __version__, backup, logs, maintain, traces
+from app import __version__, backup, logs, maintain, supervisor, traces
 from app import demo as market
 from app import load as loading
 from app.client import DEFAULT_URL
@@ -40,7 +39,6 @@ from app.maintain import DataDir, Json
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
 from app.settings import Settings
-from app.workers import has_started
 
 #: Longer than the drain, in which every request gets its answer: the server would end those without one.
 _GRACE: Final = timedelta(seconds=5)
@@ -98,13 +96,16 @@ def serve(
     settings = _settings(host=host, port=port, data_dir=data_dir)
     logs.configure(settings)
     traces.check(settings)
+    supervisor.check_port(settings.host, settings.port)
     with ExitStack() as stack:
         environment = {} if settings.data_dir is None else {"QUOTES_DATA_DIR": str(settings.data_dir)}
+        shared = None
         if workers > 1:
-            environment |= stack.enter_context(_shared(settings))
+            shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-")))
+            environment |= {"PROMETHEUS_MULTIPROC_DIR": str(shared), **stack.enter_context(_shared(settings))}
         # The server imports the application by name, in each of its processes.
         os.environ.update(environment)
-        uvicorn.run(
+        config = uvicorn.Config(
             "app.main:app_from_environment",
             factory=True,
             host=settings.host,
@@ -116,16 +117,14 @@ def serve(
             timeout_graceful_shutdown=math.ceil((settings.drain_timeout + _GRACE).total_seconds()),
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        if workers > 1 and not has_started(Path(environment["PROMETHEUS_MULTIPROC_DIR"])):
-            sys.exit(STARTUP_FAILURE)  # as the server itself does of one process
+        supervisor.run(config, shared)
 
 
 @contextmanager
 def _shared(settings: Settings) -> Iterator[dict[str, str]]:
-    """What several processes share: one embedded database, one migration, one place for metrics."""
+    """Of what several processes share one embedded database and one migration, and how they find it."""
     with ExitStack() as stack:
-        metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-"))
-        environment = {"PROMETHEUS_MULTIPROC_DIR": metrics}
+        environment: dict[str, str] = {}
         if settings.embedded:
             portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
             server = embedded.embedded_postgres(settings.data_dir, watched=True)

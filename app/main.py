@@ -102,6 +102,7 @@ def app_from_environment() -> FastAPI:
     """The service by the environment's settings, for a server that imports it by name."""
     settings = Settings()
     logs.configure(settings)
+    workers.end_with_parent()
     app = create_app(settings)
     # What lives as long as the process is not looked at again, and a batch of thousands of rows is no reason to
     # look at all: 15 % less CPU a quote.

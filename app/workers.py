@@ -8,14 +8,21 @@ counter goes back when a worker is replaced.
 """
 
 import fcntl
+import multiprocessing
 import os
+import signal
+import threading
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Final
 
+import structlog
 from prometheus_client import values
 
 from app.settings import metrics_directory
+
+log = structlog.get_logger(__name__)
 
 _directory: Final = metrics_directory()
 _STARTED: Final = "started"
@@ -93,3 +100,18 @@ def clear_gauges() -> None:
     if _directory is not None:
         for file in _directory.glob(f"gauge_*_{_place()}.db"):
             file.unlink(missing_ok=True)
+
+
+def end_with_parent() -> None:
+    """Let this process stop as at SIGTERM when the one that began it is gone, which nobody else would tell it."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        log.error("the parent process has gone; stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

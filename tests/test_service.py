@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,11 +176,79 @@ async def test_what_waits_when_the_service_stops_has_an_answer(serve: Serve, sha
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+async def test_who_comes_while_the_service_drains_is_turned_away_at_once(
+    serve: Serve, shared_dir: Path, symbol: str, workers: str
+) -> None:
+    data = shared_dir / "draining"
+    with serve(data, "--workers", workers, QUOTES_DRAIN_TIMEOUT="60 s") as service:
+        holder = await asyncpg.connect(embedded.url(data))
+        await holder.execute("BEGIN; LOCK TABLE quotes.latest IN EXCLUSIVE MODE")
+        async with httpx.AsyncClient(timeout=60) as http:
+            now = datetime.now(UTC).isoformat()
+            quotes = [{"symbol": symbol, "timestamp": now, "price": 1}]
+            writing = asyncio.create_task(http.post(f"{service.url}/v1/quotes", json=quotes))
+            await until(holder, "SELECT count(*) FROM pg_locks WHERE NOT granted")
+            service.process.terminate()
+            port = httpx.URL(service.url).port
+            refused = False
+            while not (refused or writing.done()):
+                try:
+                    _, sender = await asyncio.open_connection("127.0.0.1", port)
+                except ConnectionRefusedError:
+                    refused = True
+                else:
+                    sender.close()
+                    await asyncio.sleep(0.05)
+            await holder.close()
+            assert refused, "there was a socket as long as the writes waited"
+            assert (await writing).status_code == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_service_that_cannot_start_says_so_to_its_supervisor(serve: Serve, shared_dir: Path, workers: str) -> None:
     nobody = f"postgresql://postgres@127.0.0.1:{free_port()}/quotes"
     with serve(shared_dir / "none", "--workers", workers, ready=False, QUOTES_DATABASE_URL=nobody) as service:
         assert service.process.wait(60) == 3
         assert "cannot start" in service.log.read_text()
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_begun(shared_dir: Path) -> None:
+    data = shared_dir / "not-begun"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        found = command("serve", "--port", port, "--data-dir", str(data))
+    assert found.returncode == 1
+    assert f"--port {port}" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not data.exists()
+
+
+def test_workers_end_with_their_parent_and_the_next_one_goes_on(serve: Serve, shared_dir: Path, symbol: str) -> None:
+    data = shared_dir / "orphans"
+    with serve(data, "--workers", "2") as service:
+        assert httpx.post(f"{service.url}/v1/quotes", json=batch(symbol, 0, 3)).status_code == 200
+        service.process.kill()
+        service.process.wait()
+        until = time.monotonic() + 30
+        while _answers(service.url):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    with serve(data, "--workers", "2") as service:
+        assert count(service.url, symbol) == 3
+
+
+async def until(connection: "asyncpg.Connection[Any]", query: str) -> None:
+    """Return when a query answers with true."""
+    async with asyncio.timeout(30):
+        while not await connection.fetchval(query):  # noqa: ASYNC110  what is waited for happens in a database
+            await asyncio.sleep(0.01)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/live").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_several_workers_share_one_embedded_database(serve: Serve, shared_dir: Path, symbol: str) -> None:

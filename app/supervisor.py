@@ -1,0 +1,116 @@
+"""The processes of the server: one, or a parent and its workers on one socket.
+
+Invariant: the port is known to be free before anything else is begun; workers end with their parent; whoever lives
+stays while another one cannot start; and the status is 0 only for a server that was told to stop.
+"""
+
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import structlog
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
+
+from app.errors import StartupError
+from app.workers import has_started
+
+log = structlog.get_logger(__name__)
+
+#: Seconds in which a worker answers that it is there.
+_ANSWER: Final = 5
+#: Seconds that a new worker has until it serves: more than a migration waits for its lock and takes.
+_READY: Final = 90
+#: Seconds between two attempts to start a worker that could not.
+_PAUSE: Final = 1.0
+
+
+def check_port(host: str, port: int) -> None:
+    """See that a server could listen there.
+
+    Raises:
+        StartupError: another process listens there, or nobody can.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise StartupError(
+            f"The service cannot listen at --host {host} --port {port}: {error.strerror or error}."
+        ) from error
+
+
+def run(config: uvicorn.Config, directory: Path | None) -> None:
+    """Serve until told to stop; several workers share `directory`. Ends the process unless that was the reason."""
+    if directory is None:
+        server = uvicorn.Server(config)
+        with suppress(KeyboardInterrupt):  # as the server has handled it
+            server.run()
+        status = 0 if server.started else STARTUP_FAILURE
+    else:
+        workers = _Workers(config, [config.bind_socket()], directory)
+        workers.run()
+        status = 0 if workers.told else STARTUP_FAILURE
+    if status:
+        sys.exit(status)
+
+
+class _Workers(Multiprocess):
+    """uvicorn's supervisor, with what it lacks: see the module."""
+
+    def __init__(self, config: uvicorn.Config, sockets: Sequence[socket.socket], directory: Path) -> None:
+        super().__init__(config, list(sockets))
+        self.told = False
+        self._directory = directory
+        self._resume = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  as handlers are called
+        # At once, since a restart of all workers waits for this and nothing else.
+        self.told = True
+        self.should_exit.set()
+
+    def terminate_all(self) -> None:
+        """Tell the workers to stop; what they listen at no more, nobody does."""
+        for shared in self.sockets:
+            shared.close()
+        super().terminate_all()
+
+    def restart_all(self) -> None:
+        """Replace the workers one by one, each when its successor serves."""
+        self.config.timeout_worker_healthcheck = _READY
+        try:
+            super().restart_all()
+        finally:
+            self.config.timeout_worker_healthcheck = _ANSWER
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that have gone or hang; stop if none has ever started and one says that it cannot."""
+        for place, process in enumerate(self.processes):
+            if self.should_exit.is_set() or time.monotonic() < self._resume:
+                return
+            if process.is_alive(_ANSWER):
+                continue
+            process.kill()
+            process.join()
+            failed = process.exitcode == STARTUP_FAILURE
+            if failed and not has_started(self._directory):
+                self.should_exit.set()
+                return
+            if failed:
+                self._resume = time.monotonic() + _PAUSE
+            log.warning("a worker has gone", process=process.pid, status=process.exitcode)
+            self.processes[place] = Process(self.config, self.sockets)
+            self.processes[place].start()

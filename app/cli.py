@@ -65,12 +65,13 @@ def main() -> None:
     try:
         app()
     except QuotesError as error:
-        errors.print(f"[red]error:[/red] {error.detail}", highlight=False)
+        errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except ValidationError as error:
         for fault in error.errors(include_url=False, include_input=False):
             name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
-            errors.print(f"[red]error:[/red] {name if fault['loc'] else 'settings'}: {fault['msg']}", highlight=False)
+            told = f"{name if fault['loc'] else 'settings'}: {fault['msg']}"
+            errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -21,6 +21,8 @@
     │   ├── QuotesLocked        503  maintenance holds the chunk, or another write the key
     │   ├── SettingsChanged         503  the store keeps fewer quotes than a moment ago
     │   ├── DatabaseRefused     503  the database will not do this, and would not later either
+    │   ├── DatabaseMisconfigured 503  a URL, a login or a privilege has to be another
+    │   │   └── SchemaMismatch  503  the schema is not the one that this version needs
     │   └── DatabaseDamaged     503  the database found itself damaged
     ├── QueryTimeout            503  a statement ran over its time
     │   └── WriteTimeout        503  a write did
@@ -257,6 +259,21 @@ class DatabaseRefused(DatabaseUnavailable):
     code = "database-refused"
     title = "Refused by the database"
     retry_after = None
+
+
+class DatabaseMisconfigured(DatabaseUnavailable):
+    """A URL, a login or a privilege is not what it has to be, which waiting does not change; nothing was stored."""
+
+    code = "database-misconfigured"
+    title = "Database misconfigured"
+    retry_after = None
+
+
+class SchemaMismatch(DatabaseMisconfigured):
+    """The schema is not the one that this version of the service needs; nothing was stored."""
+
+    code = "schema-mismatch"
+    title = "Schema of another version"
 
 
 class DatabaseDamaged(DatabaseUnavailable):

@@ -28,7 +28,7 @@ from app.db import embedded
 from app.db.engine import Database
 from app.db.migrate import head, migrate
 from app.db.replicas import database_of
-from app.errors import DatabaseUnavailable, QuotesError
+from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QuotesError
 from app.health import Health
 from app.monitor import Monitor
 from app.quote.model import Quote
@@ -147,7 +147,8 @@ async def _reach(database: Database, url: str, settings: Settings, writer: Write
             await database.connect()
             return workers.note_started()
         except DatabaseUnavailable as error:
-            if not (writer.accepting and (embedded.serves(settings) or workers.has_started())):
+            passes = embedded.serves(settings) and not isinstance(error, DatabaseMisconfigured)
+            if not (writer.accepting and (passes or workers.has_started())):
                 raise
             if error.detail != told:
                 log.warning("waiting for PostgreSQL", reason=error.detail)

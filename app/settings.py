@@ -8,7 +8,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -85,6 +85,40 @@ def fault_of(retention: timedelta | None, chunk_interval: timedelta, compress_af
     return None
 
 
+def url_fault(url: str) -> str | None:
+    """Why a URL names no database, as the end of a sentence; None if it may.
+
+    Nothing of the URL is in it: what stands in a wrong place may be a part of the password.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return _NOT_ENCODED
+    if parts.scheme not in {"postgresql", "postgres"}:
+        return "must be a plain postgresql:// URL"
+    auth, at, listed = parts.netloc.rpartition("@")
+    elsewhere = parts.netloc and not at and "@" in parts.path + parts.query
+    if "@" in auth or elsewhere or "#" in url or _PERCENT.search(url):
+        return _NOT_ENCODED
+    if listed and not all(_HOST.fullmatch(host) for host in listed.split(",")):
+        return f"must name its hosts as host or host:port, and {_NOT_ENCODED}"
+    try:
+        query = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    except ValueError:
+        return f"must have pairs of name=value behind the `?`, and {_NOT_ENCODED}"
+    if not all(_PORT.fullmatch(port) for port in query.get("port", "").split(",")):
+        return "must have a number for `port`"
+    if query.get("sslmode", "prefer") not in _SSL_MODES:
+        return f"must have one of these for `sslmode`: {', '.join(_SSL_MODES)}"
+    return None
+
+
+_NOT_ENCODED: Final = "must have what is special in its user and password percent-encoded, as @ : / ? # [ ] and % are"
+_PERCENT: Final = re.compile("%(?![0-9A-Fa-f]{2})")
+_PORT: Final = re.compile("[0-9]{0,5}")
+#: A name or an address, or a directory of sockets in percent-encoding.
+_HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.%-]+)(?::[0-9]{1,5})?")
+_SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SPAN: Final[TypeAdapter[timedelta | None]] = TypeAdapter(Annotated[timedelta | None, BeforeValidator(_retention)])
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
 
@@ -105,7 +139,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="QUOTES_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+        env_prefix="QUOTES_",
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     database_url: SecretStr | None = Field(
@@ -233,10 +272,8 @@ class Settings(BaseSettings):
     def _plain_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None or not value.get_secret_value().strip():
             return None
-        parts = urlsplit(value.get_secret_value())
-        if parts.scheme not in {"postgresql", "postgres"}:
-            msg = f"must be a plain postgresql:// URL, not {parts.scheme or 'a bare name'}://"
-            raise ValueError(msg)
+        if fault := url_fault(value.get_secret_value()):
+            raise ValueError(fault)
         return value
 
     @field_validator("otlp_endpoint")

@@ -28,6 +28,7 @@ from opentelemetry.trace import SpanContext, Tracer
 from app import metrics, traces
 from app.errors import (
     BodyTimeout,
+    DatabaseMisconfigured,
     DatabaseUnavailable,
     IdempotencyKeyInUse,
     OutcomeUnknown,
@@ -358,7 +359,7 @@ class Writer:
                 self._settle(lane, pending, failure)
             if (task := asyncio.current_task()) and task.cancelling():
                 raise asyncio.CancelledError
-            if type(failure) is DatabaseUnavailable:
+            if type(failure) is DatabaseUnavailable or isinstance(failure, DatabaseMisconfigured):
                 refused = failure
                 break
         self._refuse(lane, waiting, refused)

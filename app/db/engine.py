@@ -12,7 +12,7 @@ closed if the server had stopped; else a new connection goes straight to the hos
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -23,30 +23,22 @@ import asyncpg
 import structlog
 from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import metrics
-from app.db import hosts
+from app.db import failures, hosts
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.facts import FACTS, Facts
-from app.errors import (
-    DatabaseDamaged,
-    DatabaseRefused,
-    DatabaseUnavailable,
-    QueryTimeout,
-    QuotesError,
-    QuotesLocked,
-    StartupError,
-)
+from app.db.failures import connect, connection_lost, translated
+from app.errors import DatabaseDamaged, DatabaseUnavailable, QueryTimeout, StartupError
 from app.quote.terms import Consistency
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-Connection: TypeAlias = hosts.Connection
+Connection: TypeAlias = failures.Connection
 T = TypeVar("T")
 #: A read: it may run a second time, on another connection, so it has no effect but its result.
 Work: TypeAlias = Callable[[Connection], Awaitable[T]]
@@ -58,78 +50,6 @@ _OPENING: Final = 1.0
 _AFTER_POOL: Final = 0.1
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
 _RENEW_INTERVAL: Final = 1.0
-#: What the driver raises when it cannot speak to a server, or not any longer.
-_DRIVER_FAILED: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-#: SQLSTATE classes that say "not now" rather than "never": connection, resources, operator intervention, system.
-_UNAVAILABLE = ("08", "53", "57", "58", "F0")
-#: What a state, or else a class of states, says.
-_MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = {
-    "57014": (QueryTimeout, "The statement ran over its time; ask for a shorter range or fewer symbols."),
-    "55P03": (QuotesLocked, "Maintenance or another write holds a lock on these quotes for longer than is waited."),
-    "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
-    "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
-    "53100": (DatabaseUnavailable, "The volume of the database is full."),
-    "25006": (DatabaseUnavailable, "The database is read-only."),
-    "28P01": (DatabaseUnavailable, "The database refused the credentials."),
-    "28000": (DatabaseUnavailable, "The database refused the credentials."),
-    "3D000": (DatabaseUnavailable, "The database does not exist."),
-    "42P01": (DatabaseUnavailable, "The schema is missing: run `opa-quotes migrate`."),
-    "3F000": (DatabaseUnavailable, "The schema is missing: run `opa-quotes migrate`."),
-    "42501": (DatabaseUnavailable, "The database role lacks a privilege that the service needs."),
-} | dict.fromkeys(_UNAVAILABLE, (DatabaseUnavailable, "The database cannot serve the request now."))
-
-
-def translate(error: BaseException) -> QuotesError | None:
-    """The error of this project that a driver's exception stands for; None for what is not the database's."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return translate(error.orig.__cause__ or error.orig)
-    if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
-        kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or (None, "")
-        return None if kind is None else kind(detail)
-    if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable("All database connections are busy.")
-    if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):
-        return DatabaseUnavailable("The database cannot be reached.")
-    return None
-
-
-def _count(error: BaseException) -> None:
-    """Count an error of the database; whatever else passes through is not one."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        _count(error.orig.__cause__ or error.orig)
-    elif isinstance(error, PoolTimeout):
-        metrics.DB_ERRORS.labels("pool").inc()
-    elif isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None and not connection_lost(error):
-        # Forty classes at most, of the server's own.
-        metrics.DB_ERRORS.labels(error.sqlstate[:2]).inc()
-    elif translate(error) is not None:
-        metrics.DB_ERRORS.labels("connection").inc()
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Raise a driver's exceptions as errors of this project, and let all others through."""
-    try:
-        yield
-    except QuotesError:
-        raise
-    except Exception as error:
-        _count(error)
-        ours = translate(error)
-        if ours is None:
-            raise
-        raise ours from error
-
-
-def connection_lost(error: BaseException) -> bool:
-    """Whether the exception says that the connection, not the statement, failed.
-
-    The driver's own client errors are among them: a server that goes away leaves the protocol between two states.
-    """
-    return isinstance(error, (*_DRIVER_FAILED, asyncpg.PostgresConnectionError)) or (
-        isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(("57P",))
-    )
 
 
 async def detect(connection: Connection) -> Capability:
@@ -243,8 +163,7 @@ class Database:
     async def open_host(self, place: int, timeout: float) -> Connection:
         """A connection to one of the hosts, whatever it is; for looking at it."""
         options = self._options(timedelta(seconds=timeout))
-        connection: Connection = await asyncpg.connect(self._hosts[place], timeout=timeout, **options)
-        return connection
+        return await connect(self._hosts[place], timeout=timeout, **options)
 
     def _options(self, statement_timeout: timedelta | None) -> dict[str, Any]:
         milliseconds = int((statement_timeout or self._settings.statement_timeout).total_seconds() * 1000)
@@ -266,7 +185,7 @@ class Database:
 
     async def _open(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
         if len(self._hosts) == 1:
-            return 0, await asyncpg.connect(self._hosts[0], timeout=timeout, **options)
+            return 0, await connect(self._hosts[0], timeout=timeout, **options)
         began = time.monotonic()
         if self._vouched():
             try:
@@ -287,7 +206,7 @@ class Database:
         place, patience = self._host, min(hosts.HOST_TIMEOUT, timeout / 3)
         read_write = SessionAttribute.read_write
         url = self._hosts[place]
-        return place, await asyncpg.connect(url, timeout=patience, target_session_attrs=read_write, **options)
+        return place, await connect(url, timeout=patience, target_session_attrs=read_write, **options)
 
     async def _open_newest(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
         began = time.monotonic()

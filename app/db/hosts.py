@@ -11,17 +11,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from app.errors import DatabaseUnavailable
+from app.db.failures import Connection, connect
+from app.errors import DatabaseMisconfigured, DatabaseUnavailable
+from app.settings import url_fault
 
-Connection: TypeAlias = "asyncpg.Connection[Any]"
-
-#: What the driver raises of a server that cannot be reached, or does not let us in.
-UNREACHABLE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+#: What is raised of a server that cannot be reached, or does not let us in.
+UNREACHABLE: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    DatabaseMisconfigured,
+)
 #: Longest wait for one of several hosts; one that swallows packets must not use up the time of the others.
 HOST_TIMEOUT: Final = 3.0
 
@@ -85,7 +91,13 @@ async def look(connection: Connection, known: Control | None = None) -> Server:
 
 
 def hosts_of(url: str) -> list[str]:
-    """A URL for each host that the URL names, in its order."""
+    """A URL for each host that the URL names, in its order.
+
+    Raises:
+        DatabaseMisconfigured: it is none that could lead to a database.
+    """
+    if fault := url_fault(url):
+        raise DatabaseMisconfigured(f"The database URL {fault}.")
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     auth, at, listed = parts.netloc.rpartition("@")
@@ -94,7 +106,7 @@ def hosts_of(url: str) -> list[str]:
     if len(hosts) == 1:
         return [url]
     if len(ports) not in {1, len(hosts)}:
-        raise ValueError("A URL has one port, or as many as hosts.")
+        raise DatabaseMisconfigured("The database URL has one port, or as many as hosts.")
     urls = []
     for host, port in zip(hosts, ports * (len(hosts) // len(ports)), strict=True):
         own = query | ({"port": port} if port else {}) | ({} if listed else {"host": host})
@@ -209,7 +221,7 @@ async def find_primary(urls: list[str], timeout: float, last: Server | None = No
         OSError, asyncpg.PostgresError: of a single host; of several, if none takes writes, of the first that failed.
     """
     if len(urls) == 1:
-        return Found(await asyncpg.connect(urls[0], timeout=timeout, **options), 0, [None])
+        return Found(await connect(urls[0], timeout=timeout, **options), 0, [None])
     patience = min(HOST_TIMEOUT, timeout / 2)
     opened: dict[int, Connection] = {}
     seen: list[Server | None] = [None] * len(urls)
@@ -218,7 +230,7 @@ async def find_primary(urls: list[str], timeout: float, last: Server | None = No
     async def reach(place: int) -> None:
         try:
             async with asyncio.timeout(patience):
-                opened[place] = await asyncpg.connect(urls[place], timeout=patience, **options)
+                opened[place] = await connect(urls[place], timeout=patience, **options)
                 seen[place] = await look(opened[place])
         except UNREACHABLE as error:
             failures[place] = error

@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
-from app.db.engine import translated
+from app.db.failures import translated
 from app.errors import StartupError
 from app.settings import Settings
 

@@ -27,6 +27,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import metrics
 from app.db.engine import Connection, Database, T, Work
+from app.db.failures import connection_lost
 from app.db.hosts import UNREACHABLE, Control, Server, choose, control, hosts_of, look, name_of
 from app.errors import DatabaseUnavailable, QueryTimeout
 from app.quote.terms import Consistency
@@ -166,10 +167,11 @@ class ReplicatedDatabase(Database):
         except DatabaseUnavailable as error:
             if isinstance(error.__cause__, PoolTimeout):
                 raise
-            replica.caught_up = _NEVER  # until the next look
-        except asyncpg.PostgresError as error:
-            # A conflict with what it replays, or a migration that it has not replayed.
-            log.info("a read failed on a replica", replica=replica.name, sqlstate=error.sqlstate)
+            if isinstance(cause := error.__cause__, asyncpg.PostgresError) and not connection_lost(cause):
+                # A conflict with what it replays, or a migration that it has not replayed.
+                log.info("a read failed on a replica", replica=replica.name, sqlstate=cause.sqlstate)
+            else:
+                replica.caught_up = _NEVER  # until the next look
         metrics.READ_RETRIES.inc()
         return await self._read_primary(work, deadline)
 

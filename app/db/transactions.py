@@ -16,7 +16,8 @@ import asyncpg
 import structlog
 
 from app import metrics
-from app.db.engine import Connection, Database, connection_lost
+from app.db.engine import Connection, Database
+from app.db.failures import connection_lost
 from app.errors import (
     CommitsWaiting,
     DatabaseRefused,
@@ -46,7 +47,11 @@ _THERE: Final = "SELECT pid FROM pg_stat_activity WHERE pid = ANY($1::int[])"
 
 
 class _Again(Exception):
-    """A transaction fell victim to another one, and may be done again."""
+    """Nothing was done, and it may be tried again; `told` is what to say if it may not."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__(told)
+        self.told = told
 
 
 class Transactions:
@@ -83,17 +88,17 @@ class Transactions:
                 await self._bound()
             try:
                 return await self._attempt(work, deadline, lock_timeout, end)
-            except _Again:
+            except _Again as again:
                 if attempt == _ATTEMPTS:
-                    raise DatabaseUnavailable("Other writes were in the way each time.") from None
+                    raise DatabaseUnavailable(again.told) from again.__cause__
             except QueryTimeout as error:
                 raise WriteTimeout from error
-            except asyncpg.PostgresError as error:
-                # What it says may hold values of the client's.
-                log.error("a write was refused", sqlstate=error.sqlstate, constraint=error.constraint_name)  # noqa: TRY400
-                raise DatabaseRefused(
-                    "The database refuses these quotes; an operator has to look at its log."
-                ) from error
+            except DatabaseRefused as error:
+                if isinstance(cause := error.__cause__, asyncpg.PostgresError):
+                    # What it says may hold values of the client's.
+                    state, constraint = cause.sqlstate, cause.constraint_name
+                    log.error("a write was refused", sqlstate=state, constraint=constraint)  # noqa: TRY400
+                raise
         raise AssertionError("unreachable")
 
     async def _attempt(
@@ -104,10 +109,17 @@ class Transactions:
             async with asyncio.timeout(left + _GRACE) as limit, self._database.acquire() as connection:
                 left = max(deadline - time.monotonic(), 0.001)
                 # One message: four round trips less a flush.
-                await connection.execute(
-                    f"BEGIN; SET LOCAL statement_timeout = {1000 * left:.0f};"
-                    f" SET LOCAL lock_timeout = {1000 * lock_timeout:.0f}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
-                )
+                try:
+                    await connection.execute(
+                        f"BEGIN; SET LOCAL statement_timeout = {1000 * left:.0f};"
+                        f" SET LOCAL lock_timeout = {1000 * lock_timeout:.0f}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
+                    )
+                except Exception as error:
+                    if not connection_lost(error):
+                        raise
+                    # It was closed while nobody used it, as by a restart; the next one is new.
+                    connection.terminate()
+                    raise _Again("The database ends each connection.") from error
                 try:
                     result = await work(connection)
                 except asyncio.CancelledError:
@@ -117,7 +129,7 @@ class Transactions:
                 except BaseException as error:
                     await self._roll_back(connection)
                     if isinstance(error, (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)):
-                        raise _Again from error
+                        raise _Again("Other writes were in the way each time.") from error
                     raise
                 if end == "COMMIT":
                     limit.reschedule(None)

@@ -18,7 +18,8 @@ import msgspec
 
 from app.db import hosts
 from app.db.capability import DETECT, Capability, Level
-from app.db.engine import Connection, Database, translate
+from app.db.engine import Connection, Database
+from app.db.failures import translate
 from app.errors import BackupError, QuotesError
 from app.settings import Settings
 

@@ -1,0 +1,154 @@
+"""What the exceptions of the database driver mean, in errors of this project.
+
+Invariant: no sentence has a part of a URL in it, which may be a part of its password; and what only an operator can
+mend (a URL, a login, a privilege, the schema) is never told as something that passes.
+"""
+
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from app import metrics
+from app.errors import (
+    DatabaseDamaged,
+    DatabaseMisconfigured,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    QueryTimeout,
+    QuotesError,
+    QuotesLocked,
+    SchemaMismatch,
+)
+
+Connection: TypeAlias = "asyncpg.Connection[Any]"
+
+#: Whose mistake it is, in every sentence about a URL.
+_URL: Final = "the database URL (QUOTES_DATABASE_URL)"
+#: What the driver raises when it cannot speak to a server, or not any longer.
+_DRIVER_FAILED: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+_NOT_NOW: Final = (DatabaseUnavailable, "The database cannot serve the request now.")
+_SCHEMA: Final = (
+    SchemaMismatch,
+    "Something is missing in the schema, or is another: see `opa-quotes health`, and run `opa-quotes migrate`.",
+)
+#: What a state, or else a class of states, says; of any other the statement itself is at fault.
+_MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
+    {
+        "57014": (QueryTimeout, "The statement ran over its time; ask for a shorter range or fewer symbols."),
+        "55P03": (QuotesLocked, "Maintenance or another write holds a lock on these quotes for longer than is waited."),
+        "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
+        "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
+        "53100": (DatabaseUnavailable, "The volume of the database is full."),
+        "25006": (DatabaseUnavailable, "The database is read-only."),
+        "40": (DatabaseUnavailable, "Other transactions were in the way."),
+        "28P01": (DatabaseMisconfigured, f"The server refuses the password in {_URL}, or its user."),
+        "28": (
+            DatabaseMisconfigured,
+            f"The server does not let in the user of {_URL}: it has no such role, or its pg_hba.conf no line for it.",
+        ),
+        "3D000": (DatabaseMisconfigured, f"The server has no database of the name in {_URL}."),
+        "42501": (
+            DatabaseMisconfigured,
+            "The role lacks a privilege that the service needs: `opa-quotes health` says which.",
+        ),
+    }
+    # A relation, a column, a function, a type or a key that is not there.
+    | dict.fromkeys(("42P01", "42703", "42883", "42704", "42P10", "42809", "3F000"), _SCHEMA)
+    # Classes that say "not now" rather than "never": connection, resources, operator intervention, system.
+    | dict.fromkeys(("08", "53", "57", "58", "F0"), _NOT_NOW)
+)
+_REFUSED: Final = (DatabaseRefused, "The database refuses this statement; an operator has to look at its log.")
+
+
+def translate(error: BaseException) -> QuotesError | None:
+    """The error of this project that a driver's exception stands for; None for what is not the database's."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return translate(error.orig.__cause__ or error.orig)
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate or ""
+        kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or _REFUSED
+        return kind(detail)
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable("All database connections are busy.")
+    if isinstance(error, socket.gaierror):
+        return DatabaseUnavailable("The database cannot be reached: the name of its host is not known.")
+    if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):
+        return DatabaseUnavailable("The database cannot be reached.")
+    return None
+
+
+def _count(error: BaseException) -> None:
+    """Count an error of the database; whatever else passes through is not one."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        _count(error.orig.__cause__ or error.orig)
+    elif isinstance(error, PoolTimeout):
+        metrics.DB_ERRORS.labels("pool").inc()
+    elif isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None and not connection_lost(error):
+        # Forty classes at most, of the server's own.
+        metrics.DB_ERRORS.labels(error.sqlstate[:2]).inc()
+    elif translate(error) is not None:
+        metrics.DB_ERRORS.labels("connection").inc()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise a driver's exceptions as errors of this project, and let all others through."""
+    try:
+        yield
+    except QuotesError:
+        raise
+    except Exception as error:
+        _count(error)
+        ours = translate(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether the exception says that the connection, not the statement, failed.
+
+    The driver's own client errors are among them: a server that goes away leaves the protocol between two states.
+    """
+    return isinstance(error, (*_DRIVER_FAILED, asyncpg.PostgresConnectionError)) or (
+        isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith("57P")
+    )
+
+
+async def connect(url: str, **options: Any) -> Connection:
+    """A connection to the one host of a URL, as the driver opens it; its exceptions come as they are but one kind.
+
+    Raises:
+        DatabaseMisconfigured: the URL, or the server, would have to be another.
+    """
+    try:
+        connection: Connection = await asyncpg.connect(url, **options)
+    except ssl.SSLCertVerificationError as error:
+        raise _misconfigured(f"The certificate of the server is not one that {_URL} asks for by `sslmode`.") from error
+    except FileNotFoundError:
+        if "sslrootcert=" in url or "sslcert=" in url or "sslcrl=" in url:
+            raise _misconfigured(f"A file of certificates or keys that {_URL} names cannot be read.") from None
+        raise  # a socket
+    except ConnectionError as error:
+        if "SSL upgrade" in str(error):
+            raise _misconfigured(f"The server has no TLS, which {_URL} asks for by `sslmode`.") from error
+        raise
+    except (ValueError, KeyError):
+        # The driver's words have parts of the URL in them, and so has the traceback.
+        raise _misconfigured(f"The driver cannot read {_URL}; what is special in a URL is percent-encoded.") from None
+    except (asyncpg.SyntaxOrAccessError, asyncpg.DataError) as error:
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            raise
+        raise _misconfigured(f"The server does not take a parameter behind the `?` of {_URL}.") from error
+    return connection
+
+
+def _misconfigured(detail: str) -> DatabaseMisconfigured:
+    metrics.DB_ERRORS.labels("connection").inc()
+    return DatabaseMisconfigured(detail)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db.capability import DETECT, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.hosts import find_primary, hosts_of
+from app.db.migrate import known, newer_schema
 from app.errors import StartupError
 from app.settings import Settings
 
@@ -68,6 +69,14 @@ def _refuse_half_restored(connection: Connection) -> None:
     connection.commit()
 
 
+def _refuse_newer(connection: Connection) -> None:
+    """A revision that this version does not know is of a newer one, whatever is asked for."""
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found is not None and found not in known():
+        raise StartupError(newer_schema(found, context.script.get_current_head() or ""))
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     # Session settings, so that they hold for each migration's transaction.
     for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
@@ -89,6 +98,7 @@ def _run(connection: Connection) -> None:
             )
         _refuse_unreleased(connection)
         _refuse_half_restored(connection)
+        _refuse_newer(connection)
         context.config.attributes.update(capability=capability, settings=settings)
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

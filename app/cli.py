@@ -33,7 +33,7 @@ from app.db import embedded
 from app.db import migrate as schema
 from app.db.engine import Database
 from app.errors import QuotesError
-from app.health import Health, Report
+from app.health import Health, Report, unreachable
 from app.lines import Encoding
 from app.maintain import DataDir, Json
 from app.quote.terms import OnConflict, Prices, Ties
@@ -46,6 +46,10 @@ _GRACE: Final = timedelta(seconds=5)
 _KEEP_ALIVE: Final = 75
 #: Exit status of a healthy store whose supervisor did not take the report.
 _UNREPORTED: Final = 3
+
+#: Seconds that a report may take with all of its tries, and the pauses between these.
+_REPORTING: Final = 4.0
+_PAUSES: Final = (0.4, 0.8, 1.6)
 
 app = typer.Typer(
     name="opa-quotes",
@@ -68,11 +72,18 @@ def main() -> None:
         errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_input=False):
-            name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
-            told = f"{name if fault['loc'] else 'settings'}: {fault['msg']}"
+        for told in _faults(error):
             errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """What is wrong with settings, each by its variable and without its value."""
+    found = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
+        found.append(f"{name if fault['loc'] else 'settings'}: {fault['msg']}")
+    return found
 
 
 def _settings(**overrides: Any) -> Settings:
@@ -167,18 +178,14 @@ def health(
     retry: Annotated[int, typer.Option(min=0, help="Further tries, a second apart, until healthy.")] = 0,
     report: Annotated[str | None, typer.Option(help="URL to POST the result to, four tries in 4 s.")] = None,
     data_dir: DataDir = None,
+    as_json: Json = False,
 ) -> None:
     """Run the three checks; print JSON; exit 0 if healthy or degraded, 1 if not, 3 if only --report failed."""
-    settings = _settings(data_dir=data_dir)
+    del as_json  # it always is
     deadline = time.monotonic() + wait
-
-    async def look() -> Report:
-        database = Database(_database_url(settings), settings)
-        return await Health(SystemRepository(database), settings, schema.head()).report()
-
     tries = 0
     while True:
-        result = asyncio.run(look())
+        result = asyncio.run(_look(data_dir))
         tries += 1
         if result.status != "unhealthy" or (tries > retry and time.monotonic() >= deadline):
             break
@@ -186,10 +193,22 @@ def health(
     text = msgspec.json.format(msgspec.json.encode(result.to_dict()))
     typer.echo(text.decode())
     unhealthy = result.status == "unhealthy"
-    failure = None if report is None else _post(report, text)
+    failure = None if report is None else asyncio.run(_report(report, text))
     if failure is not None:
         errors.print(f"[red]error:[/red] The result could not be reported: {failure}.", highlight=False)
     raise typer.Exit(1 if unhealthy else _UNREPORTED if failure else 0)
+
+
+async def _look(data_dir: Path | None) -> Report:
+    """The three checks; of settings that are wrong the report says so, for whoever reads nothing but JSON."""
+    try:
+        settings = _settings(data_dir=data_dir)
+        database = Database(_database_url(settings), settings)
+    except ValidationError as error:
+        return unreachable(" ".join(f"{told}." for told in _faults(error)))
+    except QuotesError as error:
+        return unreachable(error.detail)
+    return await Health(SystemRepository(database), settings, schema.head()).report()
 
 
 def _database_url(settings: Settings) -> str:
@@ -198,25 +217,34 @@ def _database_url(settings: Settings) -> str:
     return embedded.url(settings.data_dir)
 
 
-def _post(url: str, body: bytes, tries: int = 4) -> str | None:
+async def _report(url: str, body: bytes) -> str | None:
     """Why the supervisor did not take the report; None if it did. The URL may hold a password and is not named."""
-    failure = ""
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(2**attempt / 4)
-        try:
-            answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=5)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-            return "the URL is none of http or https"
-        except httpx.HTTPError as error:
-            failure = f"no answer ({type(error).__name__})"
-        else:
-            if answer.is_success:
-                return None
-            failure = f"the supervisor answered {answer.status_code}"
-            if not answer.is_server_error and answer.status_code not in {408, 429}:
-                break  # it will not think otherwise of the same report
-    return failure
+    failure = "no answer in time"
+    try:
+        async with asyncio.timeout(_REPORTING), httpx.AsyncClient(timeout=_REPORTING) as client:
+            for pause in (*_PAUSES, None):
+                failure, again = await _post(client, url, body)
+                if not failure or not again:
+                    break
+                if pause is not None:
+                    await asyncio.sleep(pause)
+    except TimeoutError:
+        pass  # what the last try ended with
+    return failure or None
+
+
+async def _post(client: httpx.AsyncClient, url: str, body: bytes) -> tuple[str, bool]:
+    """Why one try failed, empty if it did not, and whether another one may not."""
+    try:
+        answer = await client.post(url, content=body, headers={"content-type": "application/json"})
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+        return "the URL is none of http or https", False
+    except httpx.HTTPError as error:
+        return f"no answer ({type(error).__name__})", True
+    if answer.is_success:
+        return "", False
+    # Others will not think otherwise of the same report.
+    return f"the supervisor answered {answer.status_code}", answer.is_server_error or answer.status_code in {408, 429}
 
 
 @app.command()

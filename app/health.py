@@ -1,5 +1,7 @@
 """The three checks that the API and the CLI answer with: database, timescaledb, hypertable.
 
+Unless one is unhealthy the schema is the one that this code needs, and a quote could be stored now: the server takes
+writes, has room, has all that they need, lets this role do it, and has not refused the last one.
 Invariant: a check never hangs and never lies about what it could not see; what could not be reached makes the
 checks behind it `skipped`, and the whole `unhealthy`.
 """
@@ -12,7 +14,8 @@ from typing import Any, Final, Literal
 
 from app import __version__, metrics
 from app.clock import rfc3339
-from app.db.capability import REQUIRED, Level
+from app.db.capability import OLDEST_TIMESCALEDB, POSTGRESQL, REQUIRED, TIMESCALEDB, Level, named, release
+from app.db.migrate import known, newer_schema
 from app.errors import QuotesError
 from app.quote.fields import KEY
 from app.quote.terms import AHEAD
@@ -21,7 +24,9 @@ from app.settings import Settings
 
 Status = Literal["healthy", "degraded", "unhealthy", "skipped"]
 
+#: Seconds for each step of a look, and for all of it: an answer leaves within 3.5 s, and 4 s are promised.
 _TIMEOUT: Final = 2.0
+_WHOLE: Final = 3.0
 _FRESH: Final = 1.0  # probes of several supervisors share one look
 _SLOW: Final = 1.0
 #: Seconds between the clocks of the service and of the database above which one of them is no longer kept by NTP.
@@ -34,12 +39,13 @@ _CONFIRMED: Final = timedelta(seconds=5)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The outcome of one check."""
+    """The outcome of one check, with the version that was found and those that are wanted."""
 
     name: str
     status: Status
     detail: str
     version: str | None = None
+    wanted: str | None = None
     latency_ms: float | None = None
     clock_difference_ms: float | None = None
 
@@ -49,6 +55,7 @@ class Check:
             "status": self.status,
             "detail": self.detail,
             "version": self.version,
+            "wanted": self.wanted,
             "latency_ms": self.latency_ms,
         }
         if self.clock_difference_ms is not None:
@@ -91,42 +98,57 @@ class Health:
         self._settings = settings
         self._required = REQUIRED[settings.required_level]
         self._head = head
-        self._lock = asyncio.Lock()
         self._last: tuple[float, Report] | None = None
+        self._looking: asyncio.Task[Report] | None = None
+        self._left: set[asyncio.Task[Observation]] = set()
 
     async def report(self) -> Report:
-        """The outcome of a look that is at most a second old. Never raises."""
-        async with self._lock:
-            now = time.monotonic()
-            if self._last is None or now - self._last[0] > _FRESH:
-                self._last = (now, await self._look())
+        """The outcome of a look that is at most a second old, or is under way. Never raises."""
+        if self._last is not None and time.monotonic() - self._last[0] <= _FRESH:
             return self._last[1]
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="health")
+        return await asyncio.shield(self._looking)
 
     async def _look(self) -> Report:
         began = time.perf_counter()
         level = store = None
         try:
-            async with asyncio.timeout(2 * _TIMEOUT):
-                seen = await self._system.observe(_TIMEOUT)
+            seen = await self._observe()
         except (QuotesError, TimeoutError) as error:
-            detail = error.detail if isinstance(error, QuotesError) else "The database does not answer."
-            checks = (
-                Check("database", "unhealthy", detail),
-                Check("timescaledb", "skipped", "The database was not reached."),
-                Check("hypertable", "skipped", "The database was not reached."),
-            )
+            report = unreachable(error.detail if isinstance(error, QuotesError) else "The database does not answer.")
         else:
             latency = time.perf_counter() - began
             level, store = str(seen.capability.level), seen.store
             checks = (self._database(seen, latency), self._timescaledb(seen), self._hypertable(seen))
             metrics.BUILD_INFO.labels(__version__, level).set(1)
-        for check in checks:
+            report = Report(checks, level, store, datetime.now(UTC))
+        for check in report.checks:
             metrics.HEALTH_UP.labels(check.name).set(check.status != "unhealthy")
-        return Report(checks, level, store, datetime.now(UTC))
+        self._last = (time.monotonic(), report)
+        return report
+
+    async def _observe(self) -> Observation:
+        """Look, and do not wait for a connection to be closed that does not answer."""
+        look = asyncio.create_task(self._system.observe(_TIMEOUT), name="look")
+        self._left.add(look)
+        look.add_done_callback(self._forget)
+        done, _ = await asyncio.wait({look}, timeout=_WHOLE)
+        if not done:
+            look.cancel()
+            raise TimeoutError
+        return look.result()
+
+    def _forget(self, look: "asyncio.Task[Observation]") -> None:
+        self._left.discard(look)
+        if not look.cancelled():
+            look.exception()
 
     def _database(self, seen: Observation, latency: float) -> Check:
         remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []
         remarks += _divided(seen)
+        if seen.capability.postgresql_major > POSTGRESQL[1]:
+            remarks.append(f"PostgreSQL {seen.capability.postgresql} is newer than what is tested.")
         status: Status = "degraded" if remarks else "healthy"
         difference = None
         if seen.clock is not None:
@@ -144,44 +166,96 @@ class Health:
             status = "unhealthy"
             remarks = grave + remarks
         detail = " ".join(remarks) or "Answers."
-        return Check("database", status, detail, seen.capability.postgresql, round(1000 * latency, 2), difference)
+        found, milliseconds = seen.capability.postgresql, round(1000 * latency, 2)
+        return Check("database", status, detail, found, _RELEASES, milliseconds, difference)
 
     def _timescaledb(self, seen: Observation) -> Check:
-        capability = seen.capability
+        capability, found = seen.capability, seen.capability.timescaledb
+        wanted = None if found is None and self._required == Level.POSTGRESQL else f"{named(TIMESCALEDB)} or newer"
+
+        def check(status: Status, detail: str) -> Check:
+            return Check("timescaledb", status, detail, found, wanted)
+
         if capability.level < self._required:
-            detail = f"The level is {capability.level}, {self._required} is required: {capability.level.lacks}."
-            return Check("timescaledb", "unhealthy", detail, capability.timescaledb)
+            lacks = capability.level.lacks
+            return check("unhealthy", f"The level is {capability.level}, {self._required} is required: {lacks}.")
+        if found is not None and (number := release(found)) < TIMESCALEDB:
+            if number < OLDEST_TIMESCALEDB:
+                oldest = named(OLDEST_TIMESCALEDB)
+                return check("unhealthy", f"TimescaleDB {found} is older than {oldest}, the oldest that may work.")
+            return check("degraded", f"TimescaleDB {found} works, but {wanted} is wanted: see SECURITY.md.")
         if capability.level == Level.COMMUNITY:
-            return Check("timescaledb", "healthy", "Community edition.", capability.timescaledb)
-        detail = f"Not required here. The level is {capability.level}: {capability.level.lacks}."
-        return Check("timescaledb", "skipped", detail, capability.timescaledb)
+            return check("healthy", "Community edition.")
+        return check("skipped", f"Not required here. The level is {capability.level}: {capability.level.lacks}.")
 
     def _hypertable(self, seen: Observation) -> Check:
-        if not seen.table_exists:
-            return Check("hypertable", "unhealthy", "quotes.real_time is missing: run `opa-quotes migrate`.")
-        if seen.primary_key != list(KEY):
-            return Check("hypertable", "unhealthy", f"quotes.real_time has not the key ({', '.join(KEY)}).")
-        if seen.revision is None:
-            detail = "The tables have no revision: a restore into this database did not finish."
-            return Check("hypertable", "unhealthy", detail)
-        if seen.revision != self._head:
-            detail = f"The schema is at revision {seen.revision}, this version of the service at {self._head}."
-            return Check("hypertable", "degraded", detail, seen.revision)
+        def check(status: Status, detail: str) -> Check:
+            return Check("hypertable", status, detail, seen.revision, self._head)
+
+        if fault := self._schema_fault(seen):
+            return check("unhealthy", fault)
         if seen.facts is not None and (differences := seen.facts.differences(self._settings)):
             told = "; ".join(map(str, differences))
-            detail = f"{told}. What the store has counts; `opa-quotes maintain apply` changes it."
-            return Check("hypertable", "degraded", detail, seen.revision)
+            return check("degraded", f"{told}. What the store has counts; `opa-quotes maintain apply` changes it.")
         if seen.chunks is not None:
-            return Check("hypertable", "healthy", f"{seen.chunks} chunks.", seen.revision)
+            return check("healthy", f"{seen.chunks} chunks.")
         if seen.capability.level >= Level.APACHE:
-            detail = "TimescaleDB is there, but quotes.real_time is a plain table."
-            return Check("hypertable", "degraded", detail, seen.revision)
-        return Check("hypertable", "healthy", "A plain table, as the level has no hypertables.", seen.revision)
+            return check("degraded", "TimescaleDB is there, but quotes.real_time is a plain table.")
+        return check("healthy", "A plain table, as the level has no hypertables.")
+
+    def _schema_fault(self, seen: Observation) -> str | None:
+        """Why the schema is not the one that this version needs."""
+        if not seen.table_exists:
+            return "quotes.real_time is missing: run `opa-quotes migrate`."
+        if "SELECT on alembic_version" in seen.lacking:
+            return "The revision of the schema cannot be read: the role lacks SELECT on alembic_version."
+        if seen.revision is None:
+            return "The tables have no revision: a restore into this database did not finish."
+        if seen.revision != self._head and seen.revision not in known():
+            return newer_schema(seen.revision, self._head)
+        if seen.revision != self._head:
+            return (
+                f"The schema is at revision {seen.revision}, this version of the service needs {self._head}: run"
+                " `opa-quotes migrate`."
+            )
+        if seen.primary_key != list(KEY):
+            return f"quotes.real_time has not the key ({', '.join(KEY)})."
+        if seen.missing:
+            return f"{', '.join(seen.missing)} missing, though the revision is {seen.revision}: somebody dropped it."
+        if seen.flaw is not None:
+            return f"The schema is not what its revision says: {seen.flaw}."
+        return None
+
+
+#: The releases of PostgreSQL that are wanted.
+_RELEASES: Final = f"{POSTGRESQL[0]} to {POSTGRESQL[1]}"
+
+
+def unreachable(detail: str) -> Report:
+    """The report of a database that cannot be looked at."""
+    checks = (
+        Check("database", "unhealthy", detail, wanted=_RELEASES),
+        Check("timescaledb", "skipped", "The database was not reached."),
+        Check("hypertable", "skipped", "The database was not reached."),
+    )
+    return Report(checks, None, None, datetime.now(UTC))
 
 
 def _grave(seen: Observation) -> list[str]:
     """Why nothing should be stored here now, although the database answers."""
     found = []
+    if seen.capability.postgresql_major < POSTGRESQL[0]:
+        found.append(f"PostgreSQL {seen.capability.postgresql} is older than {POSTGRESQL[0]}, the oldest that works.")
+    if seen.standby:
+        found.append("It is a standby, which takes no quotes: the URL has to lead to the primary.")
+    elif seen.read_only:
+        found.append("It is read-only for this role: see default_transaction_read_only.")
+    if seen.lacking:
+        found.append(f"The role lacks {', '.join(seen.lacking)}: see the page on deployment.")
+    if seen.full:
+        found.append("Its volume is full.")
+    elif seen.refusal is not None:
+        found.append(f"It has refused the last write: {seen.refusal}")
     if seen.damaged is not None and seen.damaged < _REMEMBERED:
         found.append(
             f"It reported an error of its own {seen.damaged.total_seconds():.0f} s ago: a page or an index may be"

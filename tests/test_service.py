@@ -361,9 +361,11 @@ def test_mistakes_are_one_sentence(shared_dir: Path) -> None:
     away = command("migrate", QUOTES_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
     assert (away.returncode, away.stderr) == (1, "error: The database cannot be reached.\n")
     wrong = command("health", QUOTES_DATABASE_URL="mysql://localhost/x")
+    assert wrong.returncode == 1
+    assert "QUOTES_DATABASE_URL: Value error, must be a plain postgresql:// URL" in wrong.stdout
+    wrong = command("migrate", QUOTES_DATABASE_URL="mysql://localhost/x")
     assert wrong.returncode == 2
-    assert "QUOTES_DATABASE_URL" in wrong.stderr
-    assert "must be a plain postgresql:// URL" in wrong.stderr
+    assert "QUOTES_DATABASE_URL: Value error, must be a plain postgresql:// URL" in wrong.stderr
     serving = command("serve", "--port", "0", QUOTES_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
     assert serving.returncode != 0
     assert "cannot be reached" in serving.stderr

@@ -4,6 +4,7 @@ Invariant: a level is what was observed, never what was hoped for; only migratio
 choice between rollups and raw quotes branch on it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -36,6 +37,12 @@ _LACKS: Final = {
 
 #: The levels by their names in the setting `require_timescaledb`.
 REQUIRED: Final = {"community": Level.COMMUNITY, "apache": Level.APACHE, "none": Level.POSTGRESQL}
+#: The releases of PostgreSQL, from the oldest to the newest, that the tests run on.
+POSTGRESQL: Final = (16, 18)
+#: The oldest TimescaleDB that is wanted: 2.29.1 mended a vulnerability, and 2.29.2 is what is tested in full.
+TIMESCALEDB: Final = (2, 29, 2)
+#: The oldest on which the schema and every statement are tested; older ones are not known to work.
+OLDEST_TIMESCALEDB: Final = (2, 23, 0)
 #: Revisions of stores from before the row was decided, which nothing can turn into one of today.
 UNRELEASED: Final = frozenset({"0001", "0002", "0003", "0004"})
 UNRELEASED_STORE: Final = (
@@ -59,6 +66,11 @@ class Capability:
     timescaledb: str | None
     license: str | None
 
+    @property
+    def postgresql_major(self) -> int:
+        """The release of the server."""
+        return release(self.postgresql)[0]
+
     @classmethod
     def of(cls, row: Sequence[Any]) -> Self:
         """Read the row that `DETECT` returns."""
@@ -67,3 +79,14 @@ class Capability:
             return cls(Level.POSTGRESQL, postgresql, None, None)
         level = Level.COMMUNITY if license_ == "timescale" else Level.APACHE
         return cls(level, postgresql, timescaledb, license_)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: of `2.23.0-dev` 2, 23 and 0."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else (0,)
+
+
+def named(numbers: Sequence[int]) -> str:
+    """A version as it is written."""
+    return ".".join(map(str, numbers))

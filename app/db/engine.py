@@ -82,12 +82,14 @@ class Database:
         capability: what the server can do, known after `connect()`.
         facts: the settings of the store, as of `connect()` or the last look at it.
         damaged: when the server last reported an error of its own, in `time.monotonic()`.
+        refusal: when it refused a write for what no request is at fault for, and why; None since one was committed.
         writable: the servers that took writes when the hosts were last looked at, of several hosts.
     """
 
     capability: Capability
     facts: Facts
     damaged: float = -math.inf
+    refusal: tuple[float, str] | None = None
     writable: tuple[hosts.Writable, ...] = ()
 
     def __init__(self, url: str, settings: Settings, role: metrics.Role = "primary") -> None:

@@ -4,6 +4,7 @@ Invariant: safe to call from any number of instances at once; they take turns an
 """
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,20 @@ def head() -> str:
     return ScriptDirectory(str(SCRIPTS)).get_current_head() or ""
 
 
+@functools.cache
+def known() -> frozenset[str]:
+    """All revisions that this version knows."""
+    return frozenset(script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_revisions())
+
+
+def newer_schema(found: str, wanted: str) -> str:
+    """What there is to say of a revision that this version does not know."""
+    return (
+        f"The schema is at revision {found}, which this version of the service does not know; it needs {wanted}."
+        " Run the version that migrated it, or a newer one."
+    )
+
+
 async def migrate(url: str, settings: Settings, revision: str = "head") -> None:
     """Upgrade to `revision`; `base` or a lower one is reached by `downgrade`.
 
@@ -75,4 +90,4 @@ async def _run(step: Callable[[Config, str], None], url: str, settings: Settings
         with translated():
             await asyncio.to_thread(alone)
     except CommandError as error:
-        raise StartupError(f"Migration failed: {error}") from error
+        raise StartupError(f"Migration failed: {str(error).rstrip('.')}.") from error

@@ -20,6 +20,7 @@ from app.db.engine import Connection, Database
 from app.db.failures import connection_lost
 from app.errors import (
     CommitsWaiting,
+    DatabaseMisconfigured,
     DatabaseRefused,
     DatabaseUnavailable,
     OutcomeUnknown,
@@ -82,7 +83,19 @@ class Transactions:
             DatabaseUnavailable: nothing was done; as `DatabaseRefused` or `DatabaseDamaged` it would not be later.
             OutcomeUnknown: the COMMIT took longer than `commit_timeout`, or the connection broke meanwhile.
         """
-        deadline = time.monotonic() + within
+        try:
+            result = await self._run(work, time.monotonic() + within, lock_timeout, end)
+        except DatabaseUnavailable as error:
+            if _of_the_store(error):
+                self._database.refusal = (time.monotonic(), error.detail)
+            raise
+        if end == "COMMIT":
+            self._database.refusal = None
+        return result
+
+    async def _run(
+        self, work: Callable[[Connection], Awaitable[T]], deadline: float, lock_timeout: float, end: str
+    ) -> T:
         for attempt in range(1, _ATTEMPTS + 1):
             if self._left:
                 await self._bound()
@@ -186,6 +199,16 @@ class Transactions:
                 f"{len(self._left)} commits wait for a standby, or for a server that does not answer."
                 " Nothing of this request was stored."
             )
+
+
+def _of_the_store(error: DatabaseUnavailable) -> bool:
+    """Whether the server refused a write for a reason that the next one meets too: a full volume, a privilege."""
+    cause = error.__cause__
+    return (
+        isinstance(cause, asyncpg.PostgresError)
+        and not connection_lost(cause)
+        and (type(error) is DatabaseUnavailable or isinstance(error, DatabaseMisconfigured))
+    )
 
 
 def _forget(commit: "asyncio.Future[str]") -> None:

@@ -1,27 +1,103 @@
 """Statements about the store itself: what the health checks look at.
 
-Invariant: nothing here reads quotes, so nothing here grows with them.
+Invariant: nothing here reads quotes, so nothing here grows with them; and nothing here waits for a lock on them.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Final
 
-from app.db import hosts
-from app.db.capability import DETECT, Capability
+import asyncpg
+
+from app.db.capability import DETECT, Capability, Level
 from app.db.engine import Connection, Database, read_facts
 from app.db.facts import Facts
 from app.db.hosts import Writable
+from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
+from app.repository.rollups import ROLLUPS
 
-_TABLE: Final = """
-SELECT to_regclass('quotes.real_time') IS NOT NULL,
+_ALL: Final = "SELECT,INSERT,UPDATE,DELETE"
+#: The relations that the service works with, and the privileges that its role has to have on each. FOR SHARE, by which
+#: late quotes hold the settings, needs UPDATE. There are no sequences.
+NEEDED: Final = MappingProxyType(
+    {
+        "real_time": _ALL,
+        "latest": _ALL,
+        "receipts": _ALL,
+        "settings": "SELECT,UPDATE",
+        "backups": "SELECT",
+        **{name: "SELECT" for name, _ in ROLLUPS},
+        "daily_summary": "SELECT",
+    }
+)
+# From the catalog, which any role may read: a name would have to be looked up with USAGE on its schema.
+_STATE: Final = """
+WITH schema AS (SELECT oid FROM pg_namespace WHERE nspname = 'quotes'),
+found AS (
+    SELECT needed.name, needed.privileges,
+           (SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = needed.name) AS oid
+    FROM unnest($1::text[], $2::text[]) AS needed (name, privileges)),
+revision AS (SELECT to_regclass('alembic_version')::oid AS oid)
+SELECT pg_is_in_recovery() AS standby, current_setting('transaction_read_only')::boolean AS read_only,
+       (SELECT oid FROM found WHERE name = 'real_time') AS quotes,
        (SELECT array_agg(a.attname::text ORDER BY k.n) FROM pg_index i
         CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, n)
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-        WHERE i.indrelid = to_regclass('quotes.real_time') AND i.indisprimary)
+        WHERE i.indrelid = (SELECT oid FROM found WHERE name = 'real_time') AND i.indisprimary) AS key,
+       ARRAY(SELECT 'quotes.' || name FROM found WHERE oid IS NULL
+             UNION ALL
+             SELECT 'quotes.' || name FROM unnest($3::text[]) AS name WHERE NOT EXISTS (
+                 SELECT FROM pg_proc WHERE pronamespace = (SELECT oid FROM schema) AND proname = name)) AS missing,
+       ARRAY(SELECT privilege || ' on quotes.' || name
+             FROM found CROSS JOIN LATERAL unnest(string_to_array(privileges, ',')) AS privilege
+             WHERE oid IS NOT NULL AND NOT has_table_privilege(oid, privilege)
+             UNION ALL
+             SELECT 'USAGE on the schema quotes' FROM schema WHERE NOT has_schema_privilege(oid, 'USAGE')
+             UNION ALL
+             SELECT 'EXECUTE on quotes.' || proname FROM pg_proc
+             WHERE pronamespace = (SELECT oid FROM schema) AND proname = ANY($3::text[])
+                   AND NOT has_function_privilege(oid, 'EXECUTE')
+             UNION ALL
+             SELECT 'SELECT on alembic_version' FROM revision WHERE NOT has_table_privilege(oid, 'SELECT')
+             UNION ALL
+             SELECT 'TEMPORARY on the database'
+             WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')) AS lacking,
+       (SELECT oid IS NOT NULL FROM revision) AS migrated
+"""
+
+
+def _plan(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
+    values = ", ".join("NULL" for _ in columns)
+    changed = columns[-1]
+    return (
+        f"EXPLAIN INSERT INTO quotes.{table} ({', '.join(columns)}) VALUES ({values})"
+        f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changed} = excluded.{changed}"
+    )
+
+
+#: What a write needs of columns, keys and libraries, planned and not done: no row is left to be vacuumed.
+_PLANS: Final = "; ".join(
+    (
+        _plan("real_time", COLUMNS.names, KEY),
+        _plan("latest", ["symbol", "first_timestamp", f"first_{NANOS}", "timestamp", NANOS, *VALUES], ["symbol"]),
+        _plan("receipts", ["key", "fingerprint", "receipt"], ["key"]),
+    )
+)
+# A temporary file of 280 kB has to find room on the volume of the quotes: a row finds some in a page that is there,
+# also where no new one can be had. It is gone with the statement.
+_ROOM: Final = """
+BEGIN; SET LOCAL work_mem = '64kB'; SET LOCAL temp_tablespaces = '';
+SELECT count(*) FROM generate_series(1, 20000); COMMIT
+"""
+# Clients cannot give a key with such a character.
+_WRITE: Final = """
+INSERT INTO quotes.receipts (key, fingerprint, receipt) VALUES ('health \u00b7', '', '{}')
+ON CONFLICT (key) DO UPDATE SET created = now()
 """
 _HYPERTABLE: Final = """
 SELECT num_chunks FROM timescaledb_information.hypertables
@@ -30,8 +106,7 @@ WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
 # A logical restore makes new identifiers, a recovery to a point in time and a failover a new timeline.
 _STORE: Final = """
 SELECT left(encode(sha256(convert_to(concat_ws('.', $1::text, left(pg_walfile_name(pg_current_wal_lsn()), 8),
-           (SELECT oid FROM pg_database WHERE datname = current_database()),
-           to_regclass('quotes.real_time')::oid), 'UTF8')), 'hex'), 16)
+           (SELECT oid FROM pg_database WHERE datname = current_database()), $2::oid), 'UTF8')), 'hex'), 16)
 WHERE NOT pg_is_in_recovery()
 """
 _REVISION: Final = "SELECT version_num FROM alembic_version"
@@ -61,6 +136,9 @@ class Observation:
     """What the server and its schema look like now.
 
     `chunks` is None where `quotes.real_time` is no hypertable; `revision` is None where nothing was migrated.
+    `missing` are relations and functions that the service needs, `lacking` privileges that its role has not, and
+    `flaw` is why the server cannot plan a write. `full` says that a file of some hundred kB found no room, `refusal`
+    why the last write was refused, of late.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
     own; `facts` are the settings of the store. `store` is another text wherever quotes that were acknowledged may not
@@ -79,6 +157,13 @@ class Observation:
     damaged: timedelta | None = None
     store: str | None = None
     facts: Facts | None = None
+    standby: bool = False
+    read_only: bool = False
+    missing: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+    flaw: str | None = None
+    full: bool = False
+    refusal: str | None = None
 
 
 class SystemRepository:
@@ -89,42 +174,65 @@ class SystemRepository:
         self._clock = clock
 
     async def observe(self, timeout: float) -> Observation:
-        """Look at the server and the schema.
+        """Look at the server and the schema, each statement for `timeout` seconds.
 
         Raises:
             DatabaseUnavailable: no connection within `timeout` seconds.
             QueryTimeout: the server took too long to answer.
         """
-        async with self._database.dedicated(timeout) as connection:
-            if server := await self._database.identify(connection):
-                self._database.notice(server)
+        database = self._database
+        async with database.dedicated(timeout, timedelta(seconds=timeout)) as connection:
+            if server := await database.identify(connection):
+                database.notice(server)
             clock = await self._difference(connection)
             capability = Capability.of(await connection.fetchrow(DETECT) or ())
-            exists, key = await connection.fetchrow(_TABLE) or (False, None)
-            chunks = await connection.fetchval(_HYPERTABLE) if exists and capability.timescaledb else None
-            migrated = await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL")
-            revision = await connection.fetchval(_REVISION) if migrated else None
+            community = capability.level >= Level.COMMUNITY
+            names = [list(NEEDED), list(NEEDED.values()), ["nanoseconds"] if community else []]
+            (state,) = await connection.fetch(_STATE, *names)
+            quotes, missing, lacking = state["quotes"], tuple(state["missing"]), tuple(state["lacking"])
+            chunks = await connection.fetchval(_HYPERTABLE) if quotes and capability.timescaledb else None
+            readable = state["migrated"] and "SELECT on alembic_version" not in lacking
+            revision = await connection.fetchval(_REVISION) if readable else None
             waiting = await connection.fetchval(_WAITING)
-            identifier = (await hosts.control(connection)).system
-            store = await connection.fetchval(_STORE, str(identifier)) if exists else None
-            self._database.facts = await read_facts(connection, self._database.facts)
-        since = time.monotonic() - self._database.damaged
-        damaged = timedelta(seconds=since) if math.isfinite(since) else None
-        host, writable = self._database.host, self._database.writable
+            identifier = None if server is None else server.control.system
+            store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
+            flaw = None
+            if not missing and not lacking:
+                database.facts = await read_facts(connection, database.facts)
+                flaw = await _flaw(connection)
+            # A standby has no say in whether there is room.
+            writes = not (missing or lacking or flaw or state["read_only"])
+            full = await _is_full(connection) if writes else False
+            if writes and not full and database.refusal is not None:
+                await self._write(connection)
+        since = time.monotonic() - database.damaged
         return Observation(
             capability,
-            exists,
-            key,
+            quotes is not None,
+            state["key"],
             chunks,
             revision,
             clock,
-            host,
-            writable,
+            database.host,
+            database.writable,
             waiting,
-            damaged,
+            timedelta(seconds=since) if math.isfinite(since) else None,
             store,
-            self._database.facts,
+            database.facts,
+            state["standby"],
+            state["read_only"],
+            missing,
+            lacking,
+            flaw,
+            full,
+            None if database.refusal is None else database.refusal[1],
         )
+
+    async def _write(self, connection: Connection) -> None:
+        """After a write was refused, see whether one is taken; the next one of a client may be long in coming."""
+        with suppress(asyncpg.PostgresError):
+            await connection.execute(_WRITE)
+            self._database.refusal = None
 
     async def _difference(self, connection: Connection) -> ClockDifference:
         """Compare the clocks: the server looked at its own at some moment between question and answer."""
@@ -133,3 +241,24 @@ class SystemRepository:
         answered = self._clock()
         within = (answered - asked) / 2
         return ClockDifference((asked + within - there).total_seconds(), abs(within.total_seconds()))
+
+
+async def _flaw(connection: Connection) -> str | None:
+    """Why the server cannot plan what a write does, in its own words, which are of the schema; None if it can."""
+    try:
+        await connection.execute(_PLANS)
+    except (asyncpg.SyntaxOrAccessError, asyncpg.FeatureNotSupportedError, asyncpg.DataError) as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return None
+
+
+async def _is_full(connection: Connection) -> bool:
+    """Whether a file of some hundred kB has no room on the volume; the session is of no use for more then."""
+    try:
+        await connection.execute(_ROOM)
+    except asyncpg.DiskFullError:
+        return True
+    except asyncpg.PostgresError:
+        # As where the size of such files is limited: it says nothing of the room.
+        await connection.execute("ROLLBACK")
+    return False

@@ -17,6 +17,8 @@ from app.db.migrate import known, newer_schema
 from app.errors import StartupError
 from app.settings import Settings
 
+#: Longest wait for a statement in seconds, above what the server ends by itself: a server may also say nothing.
+COMMAND_TIMEOUT = 180
 LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
 
 
@@ -111,7 +113,7 @@ def _run(connection: Connection) -> None:
 
 async def _main() -> None:
     async def connect() -> object:
-        return (await find_primary(hosts_of(_url()), timeout=10)).connection
+        return (await find_primary(hosts_of(_url()), timeout=10, command_timeout=COMMAND_TIMEOUT)).connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=pool.NullPool)
     try:

@@ -59,9 +59,9 @@ class Charged(Database):
 
     @asynccontextmanager
     async def dedicated(  # noqa: D102  as of any database
-        self, timeout: float = 5, statement_timeout: timedelta | None = None
+        self, timeout: float = 5, statement_timeout: timedelta | None = None, within: float | None = None
     ) -> AsyncIterator[Connection]:
-        async with super().dedicated(timeout, statement_timeout) as connection:
+        async with super().dedicated(timeout, statement_timeout, within) as connection:
             yield connection
             self.server += _computed(connection.get_server_pid())
 

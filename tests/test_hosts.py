@@ -257,7 +257,10 @@ class Address:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_unix_connection(self.target.socket / ".s.PGSQL.5432")
-        await asyncio.gather(self._pipe(reader, there[1]), self._pipe(there[0], writer))
+        try:
+            await asyncio.gather(self._pipe(reader, there[1]), self._pipe(there[0], writer))
+        finally:
+            there[1].close()
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

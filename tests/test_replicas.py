@@ -419,7 +419,7 @@ def test_a_standby_of_another_history_stays_out(pair: Pair) -> None:
     def judged(position: int, written: int) -> bool:
         database._log.samples.append((time.monotonic(), written))
         database._judge(replica, replace(standby, position=position), replace(primary, position=written))
-        return database._choose() is replica
+        return database._recent() == [replica]
 
     assert judged(100, 100)
     assert not judged(101, 100)

@@ -152,7 +152,7 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time(alone: str) -> 
     lane = Lane("postgresql", alone, "")
     symbol = random_symbol()
     stopped: list[int] = []
-    async with repository(lane, alone, write_timeout="300 ms") as (quotes, database):
+    async with repository(lane, alone, write_timeout="5 s") as (quotes, database):
         transactions = Transactions(database, timedelta(seconds=5))
 
         async def stop_and_ask(connection: Connection) -> None:

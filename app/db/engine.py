@@ -52,6 +52,17 @@ _AFTER_POOL: Final = 0.1
 _RENEW_INTERVAL: Final = 1.0
 
 
+class _Pooled(asyncpg.Connection):
+    """A connection that says goodbye and does not wait to hear it.
+
+    A server that has just come to stand still would hold up the answer of whoever gives an overflowing connection back.
+    """
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        del timeout
+        self.terminate()
+
+
 async def detect(connection: Connection) -> Capability:
     """What the server can do, if the store on it is none of before the first release.
 
@@ -124,7 +135,7 @@ class Database:
                 "pool_recycle": 3600,
             }
         )
-        opening = partial(self.open, self._patience)
+        opening = partial(self.open, self._patience, kind=_Pooled)
         self.engine: AsyncEngine = create_async_engine("postgresql+asyncpg://", async_creator=opening, **pool)
         event.listen(self.engine.sync_engine, "checkout", self._refuse_stale)
 
@@ -149,7 +160,12 @@ class Database:
             if not (others and host == self._host):
                 connection.terminate()
 
-    async def open(self, timeout: float = 10, statement_timeout: timedelta | None = None) -> Connection:
+    async def open(
+        self,
+        timeout: float = 10,
+        statement_timeout: timedelta | None = None,
+        kind: type[Connection] = asyncpg.Connection,
+    ) -> Connection:
         """A new connection outside the pool, for whoever closes it; the driver's exceptions come as they are.
 
         Raises:
@@ -157,7 +173,8 @@ class Database:
         """
         began = time.monotonic()
         async with asyncio.timeout(timeout):
-            place, connection = await self._open(timeout, self._options(statement_timeout))
+            options = self._options(statement_timeout) | {"connection_class": kind}
+            place, connection = await self._open(timeout, options)
         # Of a move while it was being opened it is as stale as those that were open.
         self._opened[connection] = (began, place)
         return connection
@@ -275,13 +292,17 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
+            QueryTimeout: it does not answer.
             StartupError: the store is one of before the first release.
         """
         async with self.acquire() as connection:
-            self.capability = await detect(connection)
-            self.facts = await read_facts(connection, self.facts)
-            if self._server is None:
-                self._server = await self.identify(connection)
+            await self.timed(connection, self._learn, self.deadline())
+
+    async def _learn(self, connection: Connection) -> None:
+        self.capability = await detect(connection)
+        self.facts = await read_facts(connection, self.facts)
+        if self._server is None:
+            self._server = await self.identify(connection)
 
     async def identify(self, connection: Connection) -> hosts.Server | None:
         """What the server says of itself; None if it is one that does not."""
@@ -322,7 +343,10 @@ class Database:
                     if read_only and time.monotonic() - self._renewed > _RENEW_INTERVAL:
                         # The server has become a standby. All connections lead there, and all of them work.
                         self.renew()
-                    # A cancelled or failed exchange may leave the protocol in the middle of a message.
+                    # A cancelled or failed exchange may leave the protocol in the middle of a message; and where it was
+                    # cancelled for taking too long, the server may not answer a request to cancel either.
+                    if isinstance(error, asyncio.CancelledError):
+                        driver.terminate()
                     if read_only or connection_lost(error) or driver.is_closed() or driver.is_in_transaction():
                         await pooled.invalidate()
                     raise
@@ -393,18 +417,24 @@ class Database:
 
     @asynccontextmanager
     async def dedicated(
-        self, timeout: float = 5, statement_timeout: timedelta | None = None
+        self, timeout: float = 5, statement_timeout: timedelta | None = None, within: float | None = None
     ) -> AsyncIterator[Connection]:
-        """A connection outside the pool, for probes and long maintenance.
+        """A connection outside the pool, for probes and long maintenance, `within` so many seconds if there is a limit.
 
         Raises:
             DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
-            QueryTimeout: a statement ran over its time.
+            QueryTimeout: a statement ran over its time, or all of it did.
         """
         with self._translated():
             driver = await self.open(timeout, statement_timeout)
             try:
-                yield driver
+                async with asyncio.timeout(within) as limit:
+                    yield driver
+            except TimeoutError:
+                if limit.expired():
+                    driver.terminate()
+                    raise QueryTimeout("The database did not answer in time.") from None
+                raise
             finally:
                 await driver.close(timeout=2)
 

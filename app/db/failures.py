@@ -146,7 +146,19 @@ async def connect(url: str, **options: Any) -> Connection:
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
             raise
         raise _misconfigured(f"The server does not take a parameter behind the `?` of {_URL}.") from error
+    _keep_alive(connection)
     return connection
+
+
+def _keep_alive(connection: Connection) -> None:
+    """Notice within half a minute that the other machine is gone, also while a statement is waited for."""
+    line = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # noqa: SLF001  not offered otherwise
+    if line is None or line.family == getattr(socket, "AF_UNIX", None):
+        return
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if (option := getattr(socket, name, None)) is not None:
+            line.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _misconfigured(detail: str) -> DatabaseMisconfigured:

@@ -5,8 +5,9 @@ cannot be shown to hold it comes from the primary. The age is taken from positio
 process's own: at a known moment the primary had written up to here, and the replica has replayed as far. So neither an
 idle primary nor clocks that differ look like lag, and a standby that has lost its primary grows old by itself.
 
-A read that fails on a replica for any reason of the server's runs again on the primary. Overload is no such reason:
-the replica's load would then slow the ingest that it was to be kept away from.
+A read that fails on a replica for any reason of the server's runs again on the next one, and at last on the primary;
+so does one that hears nothing while the replica answers nobody. Overload is no such reason: the replica's load would
+then slow the ingest that it was to be kept away from.
 """
 
 import asyncio
@@ -14,8 +15,8 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -37,6 +38,9 @@ log = structlog.get_logger(__name__)
 
 _INTERVAL: Final = 1.0
 _TIMEOUT: Final = 3.0
+#: Seconds after which a read asks whether its replica answers at all, and for the answer. It is also the time of a look
+#: at a replica, so that one that stands still does not make what is known of the others old.
+_PATIENCE: Final = 1.0
 #: Looks in vain after which what still runs on a server is given up: its packets may be lost without a word.
 _MISSES: Final = 2
 _NEVER: Final = -math.inf
@@ -53,8 +57,9 @@ def database_of(url: str, settings: Settings) -> Database:
 class _Probe:
     """A look at a server over one connection outside of the pool, which is kept."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], timeout: float = _TIMEOUT) -> None:
         self._connect = connect
+        self._timeout = timeout
         self._connection: Connection | None = None
         self._control: Control | None = None
 
@@ -63,7 +68,7 @@ class _Probe:
         try:
             if self._connection is None:
                 self._connection, self._control = await self._connect(), None
-            async with asyncio.timeout(_TIMEOUT):
+            async with asyncio.timeout(self._timeout):
                 if self._control is None:
                     self._control = await control(self._connection)
                 return await look(self._connection, self._control)
@@ -90,6 +95,7 @@ class _Replica:
     diverged: datetime | None = None
     misses: int = 0
     in_rotation: bool = False
+    asked: asyncio.Task[bool] | None = None
 
 
 @dataclass(slots=True)
@@ -104,6 +110,26 @@ class _Log:
         return next((moment for moment, written in reversed(self.samples) if written <= position), _NEVER)
 
 
+class _Elsewhere(Exception):
+    """A read that another server may answer."""
+
+
+async def _greet(database: Database) -> bool:
+    """Whether a server answers a new connection in time, with whatever words."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            connection = await database.open_host(0, _PATIENCE)
+            try:
+                await connection.fetchval("SELECT 1")
+            finally:
+                connection.terminate()
+    except asyncpg.PostgresError:
+        return True
+    except UNREACHABLE:
+        return False
+    return True
+
+
 class ReplicatedDatabase(Database):
     """A database whose reads may come from its replicas, and that moves when its primary does."""
 
@@ -116,7 +142,7 @@ class ReplicatedDatabase(Database):
         self._replicas: list[_Replica] = []
         for index, host in enumerate([] if read_url is None else hosts_of(read_url)):
             pool = Database(host, settings, "replica")
-            probe = _Probe(partial(pool.open_host, 0, _TIMEOUT))
+            probe = _Probe(partial(pool.open_host, 0, _PATIENCE), _PATIENCE)
             self._replicas.append(_Replica(str(index), name_of(host), pool, probe))
         self._turn = itertools.count()
         self._log = _Log()
@@ -141,6 +167,8 @@ class ReplicatedDatabase(Database):
             probe.close()
         for replica in self._replicas:
             replica.probe.close()
+            if replica.asked is not None:
+                replica.asked.cancel()
             await replica.database.close()
         await super().close()
 
@@ -151,13 +179,24 @@ class ReplicatedDatabase(Database):
             DatabaseUnavailable: no server can be reached, or the replica's pool is busy.
             QueryTimeout: a statement ran over its time.
         """
-        replica = self._choose() if consistency == "eventual" else None
-        if replica is None:
-            return await self._read_primary(work, self.deadline())
+        deadline = self.deadline()
+        for replica in self._recent() if consistency == "eventual" else []:
+            try:
+                return await self._read_replica(replica, work, deadline)
+            except _Elsewhere:
+                metrics.READ_RETRIES.inc()
+        return await self._read_primary(work, deadline)
+
+    async def _read_replica(self, replica: _Replica, work: Work[T], deadline: float) -> T:
+        """What `work` reads on a replica.
+
+        Raises:
+            _Elsewhere: not here, but perhaps on another server.
+        """
         metrics.READS.labels("replica").inc()
-        began, deadline = time.monotonic(), self.deadline()
+        began = time.monotonic()
         try:
-            async with replica.database.acquire() as connection:
+            async with self._while_answering(replica), replica.database.acquire(deadline - began) as connection:
                 began = time.monotonic()
                 return await replica.database.timed(connection, work, deadline)
         except QueryTimeout:
@@ -172,14 +211,50 @@ class ReplicatedDatabase(Database):
                 log.info("a read failed on a replica", replica=replica.name, sqlstate=cause.sqlstate)
             else:
                 replica.caught_up = _NEVER  # until the next look
-        metrics.READ_RETRIES.inc()
-        return await self._read_primary(work, deadline)
+        raise _Elsewhere
 
-    def _choose(self) -> _Replica | None:
-        """The replicas in turn, of those that are recent enough."""
+    @asynccontextmanager
+    async def _while_answering(self, replica: _Replica) -> AsyncIterator[None]:
+        """Wait for a replica as long as it answers others, and else no longer than `_PATIENCE` and as long again.
+
+        Raises:
+            DatabaseUnavailable: it stands still.
+        """
+        asking: list[asyncio.Task[None]] = []
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(None)
+
+        async def ask() -> None:
+            if not await self._answers(replica):
+                limit.reschedule(loop.time())
+
+        # Most reads are over before a task is worth its cost.
+        due = loop.call_later(_PATIENCE, lambda: asking.append(asyncio.create_task(ask())))
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            log.warning("a replica stands still", replica=replica.name)
+            raise DatabaseUnavailable("The replica does not answer.") from None
+        finally:
+            due.cancel()
+            for task in asking:
+                task.cancel()
+
+    async def _answers(self, replica: _Replica) -> bool:
+        """Whether a replica answers now; of the reads that want to know, one asks for all."""
+        if replica.asked is None or replica.asked.done():
+            replica.asked = asyncio.create_task(_greet(replica.database))
+        return await asyncio.shield(replica.asked)
+
+    def _recent(self) -> list[_Replica]:
+        """The replicas that are recent enough, each in turn the first of them."""
         oldest = time.monotonic() - self._max_lag
         recent = [replica for replica in self._replicas if replica.caught_up >= oldest]
-        return recent[next(self._turn) % len(recent)] if recent else None
+        first = next(self._turn) % len(recent) if recent else 0
+        return recent[first:] + recent[:first]
 
     def notice(self, server: Server, place: int | None = None) -> bool:
         """As of any database; and look anew at each host, as an address may lead elsewhere."""

@@ -121,19 +121,8 @@ class Transactions:
         try:
             async with asyncio.timeout(left + _GRACE) as limit, self._database.acquire() as connection:
                 left = max(deadline - time.monotonic(), 0.001)
-                # One message: four round trips less a flush.
                 try:
-                    await connection.execute(
-                        f"BEGIN; SET LOCAL statement_timeout = {1000 * left:.0f};"
-                        f" SET LOCAL lock_timeout = {1000 * lock_timeout:.0f}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
-                    )
-                except Exception as error:
-                    if not connection_lost(error):
-                        raise
-                    # It was closed while nobody used it, as by a restart; the next one is new.
-                    connection.terminate()
-                    raise _Again("The database ends each connection.") from error
-                try:
+                    await self._begin(connection, left, lock_timeout)
                     result = await work(connection)
                 except asyncio.CancelledError:
                     # The server may not answer, so nothing is asked of it; it rolls back when it finds out.
@@ -152,6 +141,20 @@ class Transactions:
                 return result
         except TimeoutError as error:
             raise DatabaseUnavailable("The database does not answer.") from error
+
+    async def _begin(self, connection: Connection, seconds: float, lock_timeout: float) -> None:
+        try:
+            # One message: four round trips less a flush.
+            await connection.execute(
+                f"BEGIN; SET LOCAL statement_timeout = {1000 * seconds:.0f};"
+                f" SET LOCAL lock_timeout = {1000 * lock_timeout:.0f}; SET LOCAL {_UNBOUNDED}; SAVEPOINT fresh"
+            )
+        except Exception as error:
+            if not connection_lost(error):
+                raise
+            # It was closed while nobody used it, as by a restart; the next one is new.
+            connection.terminate()
+            raise _Again("The database ends each connection.") from error
 
     async def _roll_back(self, connection: Connection) -> None:
         if connection.is_closed():

@@ -191,9 +191,10 @@ class StorageRepository:
 
         Raises:
             DatabaseUnavailable: no connection, or the schema is missing.
-            QueryTimeout: a statement took longer than `timeout`.
+            QueryTimeout: a statement took longer than `timeout`, or all of them twice as long.
         """
-        async with self._database.dedicated(statement_timeout=timeout) as connection:
+        within = 2 * timeout.total_seconds()
+        async with self._database.dedicated(statement_timeout=timeout, within=within) as connection:
             # Sizes are read under a lock on each chunk; rather no figures than a queue behind a drop.
             await connection.execute("SET lock_timeout = '500ms'")
             capability = Capability.of(await connection.fetchrow(DETECT) or ())

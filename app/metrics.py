@@ -94,9 +94,7 @@ BUILD_INFO: Final = Gauge(
     multiprocess_mode="livemax",
 )
 READS: Final = Counter("quotes_reads_total", "Reads by the role of the server asked; a retry counts again.", ["role"])
-READ_RETRIES: Final = Counter(
-    "quotes_read_retries_total", "Reads that failed on a replica and went to the next server."
-)
+READ_RETRIES: Final = Counter("quotes_read_retries_total", "Reads that failed on a replica and went to another server.")
 REPLICA_LAG: Final = Gauge(
     "quotes_replica_lag_seconds",
     "Age of what a replica is known to have replayed, at most; infinite while it cannot be used.",

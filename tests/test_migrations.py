@@ -17,7 +17,7 @@ from app.db.capability import Capability, Level
 from app.db.engine import Database
 from app.db.migrate import downgrade, head, migrate
 from app.db.models import RealTimeQuote
-from app.errors import DatabaseUnavailable, StartupError
+from app.errors import DatabaseRefused, DatabaseUnavailable, StartupError
 from app.quote.fields import COLUMNS, PRICES, SIZES
 from app.repository.quotes import QuoteRepository
 from tests.conftest import Lane
@@ -190,8 +190,11 @@ SOUND: dict[str, Any] = {"symbol": "A", "timestamp": datetime(2026, 1, 1, tzinfo
     ids=str,
 )
 async def test_what_no_quote_can_be_is_refused_by_the_table(database: Database, bad: dict[str, Any]) -> None:
-    with pytest.raises(asyncpg.CheckViolationError, match="real_time_row"):
+    with pytest.raises(DatabaseRefused) as refused:
         await _insert_and_undo(database, SOUND | bad)
+    cause = refused.value.__cause__
+    assert isinstance(cause, asyncpg.CheckViolationError)
+    assert cause.constraint_name == "real_time_row"
 
 
 async def test_the_ends_of_what_a_quote_can_be_are_taken_by_the_table(database: Database) -> None:
@@ -203,8 +206,9 @@ async def test_the_ends_of_what_a_quote_can_be_are_taken_by_the_table(database: 
     ):
         await _insert_and_undo(database, SOUND | sound)
     for price in ("Infinity", "1e16"):
-        with pytest.raises(asyncpg.NumericValueOutOfRangeError):
+        with pytest.raises(DatabaseRefused) as refused:
             await _insert_and_undo(database, SOUND | {"price": Decimal(price)})
+        assert isinstance(refused.value.__cause__, asyncpg.NumericValueOutOfRangeError)
 
 
 async def _insert_and_undo(database: Database, row: dict[str, Any]) -> None:

@@ -5,13 +5,13 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-import asyncpg
 import httpx
 import pytest
 
 from app.clock import Interval, nanoseconds, rfc3339_nano
 from app.db.capability import Level
 from app.db.engine import Connection, Database
+from app.errors import DatabaseRefused
 from app.main import create_app
 from app.repository.bars import BarPrice, BarSpec
 from app.repository.quotes import QuoteRepository
@@ -264,7 +264,7 @@ async def test_writes_into_compressed_chunks(database: Database, quotes: QuoteRe
     assert await quotes.delete_quotes(symbol, nanoseconds(start) + 1, nanoseconds(start) + 999) == 1
     (first, second, _) = await quotes.get_quotes(symbol, start, start + timedelta(seconds=21))
     assert (first.nanos, second.nanos) == (0, 999)
-    with pytest.raises(asyncpg.CheckViolationError):
+    with pytest.raises(DatabaseRefused):
         async with database.acquire() as opened:
             await opened.execute(
                 "INSERT INTO quotes.real_time (symbol, timestamp, price) VALUES ($1, $2, 'NaN')",

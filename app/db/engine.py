@@ -292,11 +292,13 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
-            QueryTimeout: it does not answer.
             StartupError: the store is one of before the first release.
         """
         async with self.acquire() as connection:
-            await self.timed(connection, self._learn, self.deadline())
+            try:
+                await self.timed(connection, self._learn, self.deadline())
+            except QueryTimeout as error:
+                raise DatabaseUnavailable("The database does not answer.") from error
 
     async def _learn(self, connection: Connection) -> None:
         self.capability = await detect(connection)

@@ -114,7 +114,8 @@ def serve(
         shared = None
         if workers > 1:
             shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-")))
-            environment |= {"PROMETHEUS_MULTIPROC_DIR": str(shared), **stack.enter_context(_shared(settings))}
+            environment |= {"QUOTES_METRICS_DIR": str(shared), "PROMETHEUS_MULTIPROC_DIR": str(shared)}
+            environment |= stack.enter_context(_shared(settings))
         # The server imports the application by name, in each of its processes.
         os.environ.update(environment)
         config = uvicorn.Config(

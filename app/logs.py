@@ -22,6 +22,31 @@ from app.settings import Settings
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+class Logger:
+    """Logs by structlog where somebody has configured it, the service or the program that this is a library of.
+
+    Anywhere else structlog would print to stdout, which is the program's; the standard library's logging knows better.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, method: str) -> Any:
+        if structlog.is_configured():
+            return getattr(structlog.get_logger(self._name), method)
+        return getattr(structlog.wrap_logger(logging.getLogger(self._name), **_AS_LIBRARY), method)
+
+
+_AS_LIBRARY: Final[dict[str, Any]] = {
+    "wrapper_class": structlog.stdlib.BoundLogger,
+    "processors": [
+        structlog.stdlib.filter_by_level,
+        structlog.processors.format_exc_info,
+        structlog.processors.KeyValueRenderer(key_order=["event"]),
+    ],
+}
+
+
 class _Lossy:
     """A file to which what cannot be written is lost: a full volume must not fail the request that is logged."""
 

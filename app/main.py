@@ -14,13 +14,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Final
 
-import structlog
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from opentelemetry.trace import TracerProvider
+from prometheus_client import disable_created_metrics
 from prometheus_fastapi_instrumentator import Instrumentator
 
-from app import __version__, logs, traces, workers
+from app import __version__, logs, metrics, traces, workers
 from app.api import ingest, ohlc, ops, problems, quotes, storage, symbols
 from app.api.access import QUIET, Observed
 from app.api.deps import Services
@@ -30,6 +30,7 @@ from app.db.migrate import head, migrate
 from app.db.replicas import database_of
 from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QuotesError
 from app.health import Health
+from app.logs import Logger
 from app.monitor import Monitor
 from app.quote.model import Quote
 from app.repository.quotes import QuoteRepository
@@ -38,7 +39,7 @@ from app.repository.system import SystemRepository
 from app.settings import Settings
 from app.writer import Writer
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 #: Threads that read large bodies. They share an interpreter, so that more would not read faster.
 _READERS: Final = 2
@@ -57,6 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """
     settings = settings or Settings()
     spans = traces.provider(settings)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which nothing reads
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -93,7 +95,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (ingest.router, quotes.router, ohlc.router, symbols.router, storage.router, ops.router):
         app.include_router(router)
     app.router.routes.insert(0, ingest.ROUTE)
-    Instrumentator().expose(app, include_in_schema=False)  # last: routes are tried in turn
+    Instrumentator(registry=metrics.REGISTRY).expose(app, include_in_schema=False)  # last: routes are tried in turn
     _declare(app, settings)
     return app
 

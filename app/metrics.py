@@ -1,21 +1,29 @@
 """Every metric of the service, declared once.
 
 Invariant: labels take values from small fixed sets, never from a request. A gauge of the store has no series until
-it was measured, because zero would be a figure.
+it was measured, because zero would be a figure. They are in a registry of their own: a program that imports the
+repository as a library has its own metrics, which these are none of.
 """
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Final, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
+import prometheus_client
 import pyarrow as pa
 import pyarrow.compute as pc
-from prometheus_client import Counter, Gauge, Histogram, Metric, disable_created_metrics
+from prometheus_client import CollectorRegistry, GCCollector, Metric, PlatformCollector, ProcessCollector
 
 from app import workers
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which nothing reads
 workers.share_metrics()
+REGISTRY: Final = CollectorRegistry(auto_describe=True)
+for _collector in (ProcessCollector, PlatformCollector, GCCollector):
+    _collector(registry=REGISTRY)
+Counter: Final = partial(prometheus_client.Counter, registry=REGISTRY)
+Gauge: Final = partial(prometheus_client.Gauge, registry=REGISTRY)
+Histogram: Final = partial(prometheus_client.Histogram, registry=REGISTRY)
 
 Role = Literal["primary", "replica"]
 
@@ -29,10 +37,13 @@ LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 
 LATE: Final = 3600
 
 
-class Measured(Gauge):
+class Measured(prometheus_client.Gauge):
     """A gauge without labels that has no series until it is set."""
 
     _is_set = False
+
+    def __init__(self, name: str, documentation: str, *, multiprocess_mode: Any) -> None:
+        super().__init__(name, documentation, registry=REGISTRY, multiprocess_mode=multiprocess_mode)
 
     def set(self, value: float) -> None:
         """Set the value, and from now on show it."""

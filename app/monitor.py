@@ -15,16 +15,16 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
 from prometheus_client import Gauge
 
 from app import metrics, workers
 from app.db import embedded
 from app.errors import QuotesError
+from app.logs import Logger
 from app.repository.storage import STATES, Storage, StorageRepository
 from app.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 #: A look is shared by all who ask within this time.
 FRESH: Final = timedelta(seconds=10)

@@ -124,8 +124,11 @@ Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0
 
 
 def metrics_directory() -> Path | None:
-    """Where several processes share their metrics. `serve --workers` makes it, and prometheus_client asks for it."""
-    value = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    """Where several processes share their metrics: what `serve --workers` made.
+
+    prometheus_client has a variable of its own for that, which another program may have set for other metrics.
+    """
+    value = os.environ.get("QUOTES_METRICS_DIR")
     return None if value is None else Path(value)
 
 

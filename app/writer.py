@@ -22,7 +22,6 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
 from opentelemetry.trace import SpanContext, Tracer
 
 from app import metrics, traces
@@ -36,11 +35,12 @@ from app.errors import (
     QuotesError,
     ServiceStopping,
 )
+from app.logs import Logger
 from app.quote.terms import Receipt
 from app.repository.ingest import Attempt, Write
 from app.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 Flush = Callable[[Sequence[Write], Attempt], Awaitable[list[Receipt | QuotesError]]]
 _LONGEST_RETRY: Final = 30.0

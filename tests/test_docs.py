@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from prometheus_client import REGISTRY
 from typer.testing import CliRunner
 
 from app import __version__, cli, errors
 from app.api.ingest import IngestQuery
 from app.formats import FORMATS
 from app.main import create_app
+from app.metrics import REGISTRY
 from app.quote.fields import ALIASES, NAMES
 from app.quote.terms import Receipt
 from app.repository.bars import BarPrice, Reason

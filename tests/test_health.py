@@ -15,7 +15,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from prometheus_client import REGISTRY
 
 from app.cli import _report as reported
 from app.db.capability import Capability
@@ -26,6 +25,7 @@ from app.db.migrate import downgrade, head, migrate
 from app.errors import DatabaseUnavailable, QueryTimeout, StartupError
 from app.health import Health, Report
 from app.main import create_app
+from app.metrics import REGISTRY
 from app.repository.quotes import QuoteRepository
 from app.repository.system import ClockDifference, Observation, SystemRepository
 from app.settings import Settings

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import metrics
@@ -26,6 +26,7 @@ from app.db.capability import Capability
 from app.db.engine import Database
 from app.errors import DatabaseRefused, DatabaseUnavailable, QuotesError
 from app.main import create_app
+from app.metrics import REGISTRY
 from app.monitor import Monitor
 from app.repository.storage import Job, Storage, StorageRepository
 from app.settings import Settings

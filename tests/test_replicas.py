@@ -14,7 +14,6 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
-from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
 from app.db.engine import Connection, Database
@@ -22,6 +21,7 @@ from app.db.hosts import Control, Server, hosts_of
 from app.db.replicas import ReplicatedDatabase
 from app.errors import DatabaseUnavailable
 from app.main import create_app
+from app.metrics import REGISTRY
 from app.settings import Settings
 from tests.conftest import random_symbol, running
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import REGISTRY
 
 from app.main import create_app
+from app.metrics import REGISTRY
 from app.settings import Settings
 from grafana.build import (
     DASHBOARDS,

@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics, traces
 from app.api import problems
+from app.logs import Logger
 
-log = structlog.get_logger("app.access")
+log = Logger("app.access")
 
 _GIVEN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked for by machines all day: logged when debugging, and not counted.

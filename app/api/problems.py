@@ -6,15 +6,15 @@ Invariant: a problem names what is wrong and where, and never echoes a value, a 
 from typing import Any, Final
 
 import msgspec
-import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from app.errors import Conflict, InvalidQuotes, QuotesError, Rejection, UnsupportedEncoding
+from app.logs import Logger
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
 #: Rows listed in one problem; `errors_total` says how many there are.

@@ -30,13 +30,13 @@ from urllib.parse import quote, urlencode
 
 import anyio.to_thread
 import platformdirs
-import structlog
 
 from app.db.postmaster import ENVIRONMENT, PORT, Postmaster, gist, identity
 from app.errors import StartupError
+from app.logs import Logger
 from app.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 SERVICE_USERS: Final = ("opa-quotes", "postgres")
 _MAJORS: Final = range(16, 19)

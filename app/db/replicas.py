@@ -23,7 +23,6 @@ from functools import partial
 from typing import Final
 
 import asyncpg
-import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import metrics
@@ -31,10 +30,11 @@ from app.db.engine import Connection, Database, T, Work
 from app.db.failures import connection_lost
 from app.db.hosts import UNREACHABLE, Control, Server, choose, control, hosts_of, look, name_of
 from app.errors import DatabaseUnavailable, QueryTimeout
+from app.logs import Logger
 from app.quote.terms import Consistency
 from app.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 _INTERVAL: Final = 1.0
 _TIMEOUT: Final = 3.0

@@ -68,10 +68,12 @@ def nanoseconds(moment: Instant) -> int:
     """Nanoseconds from 1970-01-01T00:00Z to an aware moment; those of a pandas Timestamp are among them.
 
     Raises:
-        InvalidRequest: the moment is naive.
+        InvalidRequest: the moment is naive, or none.
     """
     if isinstance(moment, int):
         return moment
+    if not isinstance(moment, datetime):
+        raise InvalidRequest("A time is an aware datetime, or whole nanoseconds since 1970-01-01T00:00Z.")
     if moment.tzinfo is None:
         raise InvalidRequest("A time carries an offset; a naive one has no place on the time line.")
     return 1000 * microseconds(moment) + int(getattr(moment, "nanosecond", 0))
@@ -163,6 +165,8 @@ _ALIAS: Final = re.compile(r"([1-9][0-9]{0,6})?(sec|min|hour|day|week|month)s?",
 _ALIAS_UNITS: Final = {"sec": "s", "min": "m", "hour": "h", "day": "d", "week": "w", "month": "M"}
 _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _LONGEST: Final = timedelta(days=3660)
+_MOST: Final = 9_999_999  # as many digits as the grammar has
+_GRAMMAR: Final = "An interval is a whole number and one of s m h d w M, as in 15m, 1h or 3M."
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +175,20 @@ class Interval:
 
     Bars of seconds to weeks are counted from Monday 2000-01-03T00:00Z, months from 2000-01, so that equal
     intervals always give equal bars, whatever the range asked for.
+
+    Raises:
+        InvalidRequest: the count is no whole number above 0, the unit none of these, or it is longer than ten years.
     """
 
     count: int
     unit: Literal["s", "m", "h", "d", "w", "M"]
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.count, int) and not isinstance(self.count, bool) and 0 < self.count <= _MOST
+        if not whole or not isinstance(self.unit, str) or self.unit not in {*_UNIT_SECONDS, "M"}:
+            raise InvalidRequest(_GRAMMAR, parameter="interval")
+        if self.width > _LONGEST:
+            raise InvalidRequest("An interval is at most ten years.", parameter="interval")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -188,13 +202,8 @@ class Interval:
         elif match := _ALIAS.fullmatch(text):
             count, unit = int(match[1] or 1), _ALIAS_UNITS[match[2].lower()]
         else:
-            raise InvalidRequest(
-                "An interval is a whole number and one of s m h d w M, as in 15m, 1h or 3M.", parameter="interval"
-            )
-        interval = cls(count, unit)  # type: ignore[arg-type]
-        if interval.width > _LONGEST:
-            raise InvalidRequest("An interval is at most ten years.", parameter="interval")
-        return interval
+            raise InvalidRequest(_GRAMMAR, parameter="interval")
+        return cls(count, unit)  # type: ignore[arg-type]
 
     @property
     def months(self) -> int:

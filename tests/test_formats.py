@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from app import formats
 from app.clock import Nanoseconds, Precision
 from app.errors import BodyTooLarge, InvalidQuotes, MalformedBody, QuotesError, UnsupportedMediaType
-from app.formats import arrow, columns, csv, encoding, parquet
+from app.formats import arrow, csv, encoding, parquet
 from app.main import create_app
+from app.quote import tables as columns
 from app.quote.batch import Batch
 from app.quote.fields import NAMES
 from app.quote.terms import Limits, Receipt, Terms

@@ -11,6 +11,7 @@ closed if the server had stopped; else a new connection goes straight to the hos
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -20,7 +21,6 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import asyncpg
-import structlog
 from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy import event
 from sqlalchemy.exc import InvalidatePoolError
@@ -32,11 +32,12 @@ from app.db import failures, hosts
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.facts import FACTS, Facts
 from app.db.failures import connect, connection_lost, translated
-from app.errors import DatabaseDamaged, DatabaseUnavailable, QueryTimeout, StartupError
+from app.errors import DatabaseDamaged, DatabaseUnavailable, InvalidRequest, QueryTimeout, StartupError
+from app.logs import Logger
 from app.quote.terms import Consistency
 from app.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 Connection: TypeAlias = failures.Connection
 T = TypeVar("T")
@@ -112,6 +113,8 @@ class Database:
         self._choosing = asyncio.Lock()
         self._failed: tuple[float, Exception] | None = None
         self._settings = settings
+        #: The process and the event loop of the connections.
+        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self.facts = Facts.first(settings)
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
@@ -149,6 +152,22 @@ class Database:
         opened, _host = self._opened.get(driver, (math.inf, 0))
         if driver.is_closed() or opened <= self._renewed:
             raise InvalidatePoolError
+
+    def _stay(self) -> None:
+        """See that this is the process and the event loop of the connections.
+
+        Two processes on one socket read each other's answers, and a connection waits in the loop that opened it.
+
+        Raises:
+            InvalidRequest: it is another.
+        """
+        process, loop = os.getpid(), asyncio.get_running_loop()
+        if self._home is None:
+            self._home = (process, loop)
+        elif self._home[0] != process:
+            raise InvalidRequest("The store was opened in another process; open it in each process, after the fork.")
+        elif self._home[1] is not loop:
+            raise InvalidRequest("The store was opened in another event loop; open it in each, and close it there.")
 
     def renew(self) -> None:
         """Let no connection that is open now be used again; what runs on them goes on."""
@@ -329,6 +348,7 @@ class Database:
             DatabaseUnavailable: no connection in that time, or it broke.
             QueryTimeout: a statement ran over its time.
         """
+        self._stay()
         with self._translated():
             asked = time.perf_counter()
             async with AsyncExitStack() as stack:
@@ -370,6 +390,7 @@ class Database:
         return time.monotonic() + self._patience + self._settings.statement_timeout.total_seconds() + _SILENCE
 
     async def _read_primary(self, work: Work[T], deadline: float) -> T:
+        self._stay()
         if self._reads is None:
             return await self._read_here(work, deadline)
         try:
@@ -441,5 +462,6 @@ class Database:
                 await driver.close(timeout=2)
 
     async def close(self) -> None:
-        """Close every pooled connection."""
-        await self.engine.dispose()
+        """Close every pooled connection; not those of another process, which go on being used there."""
+        if self._home is None or self._home == (os.getpid(), asyncio.get_running_loop()):
+            await self.engine.dispose()

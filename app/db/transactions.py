@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Final, Literal, TypeVar
 
 import asyncpg
-import structlog
 
 from app import metrics
 from app.db.engine import Connection, Database
@@ -28,14 +27,17 @@ from app.errors import (
     QuotesError,
     WriteTimeout,
 )
+from app.logs import Logger
 
 T = TypeVar("T")
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 _ATTEMPTS: Final = 3
 #: The server ends a statement that runs over its time by itself; one that says nothing for this much longer hangs.
 _GRACE: Final = 0.5
+#: The part of its time that a transaction may wait for a lock.
+_LOCKED: Final = 0.8
 #: Longest wait for the server to roll back, or to say which of its processes are there.
 _SHORT: Final = 2.0
 #: Commits that may be left behind; each is a server process that nobody can use until its standby is back.
@@ -121,6 +123,8 @@ class Transactions:
         try:
             async with asyncio.timeout(left + _GRACE) as limit, self._database.acquire() as connection:
                 left = max(deadline - time.monotonic(), 0.001)
+                # A lock that is waited for until the time is up would be told as work that takes long.
+                lock_timeout = min(lock_timeout, _LOCKED * left)
                 try:
                     await self._begin(connection, left, lock_timeout)
                     result = await work(connection)

@@ -14,7 +14,7 @@ from typing import Final
 import pyarrow as pa
 
 from app.errors import BodyTooLarge, MalformedBody
-from app.formats import columns
+from app.quote import tables
 from app.quote.batch import Batch
 from app.quote.terms import Terms
 
@@ -37,16 +37,16 @@ def decode(body: bytes, terms: Terms) -> Batch:
     try:
         content = _stream_of(body) if body.startswith(_FILE) else pa.py_buffer(body)
         with pa.BufferReader(content) as source, pa.ipc.open_stream(source, options=_READING) as reader:
-            columns.fields_of_schema(reader.schema)
+            tables.fields_of_schema(reader.schema)
             _check_sizes(content, terms)
             table = pa.Table.from_batches(list(reader), reader.schema)
             end = source.tell()
-        columns.validate(table, terms.limits.max_bytes)
+        tables.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
         raise MalformedBody("Neither an Arrow IPC stream nor an Arrow file, or a damaged one.") from error
     if end != len(content):
         raise MalformedBody("There are bytes after the end of the Arrow IPC stream.")
-    return columns.decode(table, terms)
+    return tables.decode(table, terms)
 
 
 def _stream_of(body: bytes) -> pa.Buffer:

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
 from app.errors import BodyTooLarge, MalformedBody
-from app.formats.columns import fields_of
 from app.quote.batch import Batch
 from app.quote.rows import Misshapen
+from app.quote.tables import fields_of
 from app.quote.terms import Terms
 
 _BOM: Final = b"\xef\xbb\xbf"

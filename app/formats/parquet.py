@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.errors import BodyTooLarge, MalformedBody
-from app.formats import columns
+from app.quote import tables
 from app.quote.batch import Batch, check_size
 from app.quote.fields import is_added
 from app.quote.terms import Terms
@@ -49,15 +49,15 @@ def decode(body: bytes, terms: Terms) -> Batch:
     try:
         schema = pq.ParquetFile(pa.BufferReader(body)).schema_arrow
         meant = [column.name for column in schema if not is_added(column.name)]
-        columns.fields_of_schema(schema)
+        tables.fields_of_schema(schema)
         # Texts that repeat stay a dictionary, until it is known how long they are written out.
-        texts = [column.name for column in schema if columns.is_text(column.type)]
+        texts = [column.name for column in schema if tables.is_text(column.type)]
         file = pq.ParquetFile(pa.BufferReader(body), read_dictionary=texts, pre_buffer=False)
         table = file.read(meant, use_threads=False)
-        columns.validate(table, terms.limits.max_bytes)
+        tables.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise MalformedBody("Not a Parquet file, or a damaged one.") from error
-    return columns.decode(table, terms)
+    return tables.decode(table, terms)
 
 
 def _check_sizes(body: bytes, terms: Terms) -> None:

@@ -110,7 +110,7 @@ def normal_symbol(symbol: str) -> str:
     Raises:
         InvalidRequest: it cannot be the name of a stored symbol.
     """
-    name = normal(symbol)
+    name = normal(symbol) if isinstance(symbol, str) else None
     if name is None:
         raise InvalidRequest(SYMBOL.detail, parameter="symbols")
     return name

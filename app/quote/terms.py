@@ -1,12 +1,12 @@
 """The terms on which quotes are taken and read, and the receipt of what became of them."""
 
 from datetime import datetime, timedelta
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 import msgspec
 
 from app.clock import FIRST, LAST, Precision
-from app.errors import Rejection
+from app.errors import InvalidRequest, Rejection
 
 OnConflict = Literal["update", "merge", "ignore", "error"]
 OnError = Literal["abort", "skip"]
@@ -15,6 +15,19 @@ Prices = Literal["positive", "signed"]
 Consistency = Literal["eventual", "strong"]
 #: How far ahead of the service's clock a quote may lie.
 AHEAD: Final = timedelta(seconds=60)
+
+
+def check_choice(value: object, choices: Any, parameter: str) -> None:
+    """Refuse what is none of the words of a `Literal`.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    words = get_args(choices)
+    if not isinstance(value, str) or value not in words:
+        raise InvalidRequest(
+            f"{parameter} is {', '.join(map(repr, words[:-1]))} or {words[-1]!r}.", parameter=parameter
+        )
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -54,6 +67,9 @@ class Terms(msgspec.Struct, frozen=True):
         precision: the unit of timestamps that are numbers, counted from 1970-01-01T00:00Z; without it they are refused.
         ties: with `number` no two keys are equal, because the later one is moved on to the next free nanosecond.
         prices: with `positive` a price of 0 is an absent side and one below 0 refused; `signed` takes both as given.
+
+    Raises:
+        InvalidRequest: one of the words is none that is taken.
     """
 
     limits: Limits = Limits()
@@ -62,6 +78,14 @@ class Terms(msgspec.Struct, frozen=True):
     precision: Precision | None = None
     ties: Ties = "replace"
     prices: Prices = "positive"
+
+    def __post_init__(self) -> None:
+        check_choice(self.on_error, OnError, "on_error")
+        check_choice(self.on_conflict, OnConflict, "on_conflict")
+        if self.precision is not None:
+            check_choice(self.precision, Precision, "precision")
+        check_choice(self.ties, Ties, "ties")
+        check_choice(self.prices, Prices, "prices")
 
 
 class Receipt(msgspec.Struct, frozen=True):

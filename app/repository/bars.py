@@ -15,6 +15,7 @@ from typing import Final, Literal
 from app.clock import FIRST, LAST, Interval, ceil
 from app.db.engine import Connection
 from app.errors import InvalidRequest
+from app.quote.terms import check_choice
 from app.repository import rollups
 from app.repository.ranges import Arguments, Range, Span, per_symbol, zone
 
@@ -45,7 +46,8 @@ class BarSpec:
     count is 0: of nulls, or of the close before it.
 
     Raises:
-        InvalidRequest: the zone is unknown, or the interval cannot be counted from its midnights.
+        InvalidRequest: the zone is unknown, the interval is none or cannot be counted from its midnights, or one of the
+            words is none that is taken.
     """
 
     interval: Interval
@@ -54,6 +56,10 @@ class BarSpec:
     fill: Fill = "none"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.interval, Interval):
+            raise InvalidRequest("An interval is a text such as 15m, 1h or 3M, or an Interval.", parameter="interval")
+        check_choice(self.price, BarPrice, "price")
+        check_choice(self.fill, Fill, "fill")
         zone(self.tz)
         seconds = self.interval.seconds
         if not self.in_utc and not self.of_days and _DAY_SECONDS % seconds:
@@ -251,9 +257,9 @@ def _buckets(spec: BarSpec, argument: Arguments) -> tuple[str, str]:
         start = f"date_bin({width}, {local}, timestamp '2000-01-03')"
         return f"{start} AT TIME ZONE {tz}", f"(bucket AT TIME ZONE {tz} + {width}) AT TIME ZONE {tz}"
     ordinal = f"12 * (extract(year FROM {local}) - 2000) + extract(month FROM {local}) - 1"
-    # `months` is a whole number of ours, so it may stand in the text.
-    start = f"timestamp '2000-01-01' + make_interval(months => (floor(({ordinal}) / {months}) * {months})::int)"
-    end = f"bucket AT TIME ZONE {tz} + make_interval(months => {months})"
+    count = f"{argument(months)}::int"
+    start = f"timestamp '2000-01-01' + make_interval(months => (floor(({ordinal}) / {count}) * {count})::int)"
+    end = f"bucket AT TIME ZONE {tz} + make_interval(months => {count})"
     return f"({start}) AT TIME ZONE {tz}", f"({end}) AT TIME ZONE {tz}"
 
 
@@ -263,7 +269,7 @@ def _filled(bars: str, spec: BarSpec, begin: datetime, stop: datetime, argument:
     in_utc = spec.in_utc and not spec.interval.months
     tz = "" if in_utc else f"{argument(spec.tz)}::text"
     width = argument(timedelta(seconds=spec.interval.seconds) if not spec.interval.months else timedelta(0))
-    step = f"({width}::interval + make_interval(months => {spec.interval.months}))"
+    step = f"({width}::interval + make_interval(months => {argument(spec.interval.months)}::int))"
     tick = "interval '1 microsecond'"
     if in_utc:
         series = f"generate_series(first, {end} - {tick}, {step}) AS bucket"

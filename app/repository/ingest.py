@@ -24,7 +24,7 @@ from app.db.transactions import Transactions
 from app.errors import Conflict, QuotesError, Rejection, SettingsChanged
 from app.quote.batch import Batch, Ends, ends, joined
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
-from app.quote.terms import OnConflict, OnError, Receipt
+from app.quote.terms import OnConflict, OnError, Receipt, check_choice
 from app.repository.receipts import IdempotencyKey, Receipts
 from app.settings import Settings
 
@@ -150,6 +150,9 @@ class Write:
     """One request to write: a batch, and what to do with keys that are stored already.
 
     With an `idempotency` key it is stored once, however often it is sent; a `dry_run` is stored not at all.
+
+    Raises:
+        InvalidRequest: `on_conflict` or `on_error` is no word that is taken.
     """
 
     batch: Batch
@@ -157,6 +160,10 @@ class Write:
     on_error: OnError = "abort"
     idempotency: IdempotencyKey | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.on_conflict, OnConflict, "on_conflict")
+        check_choice(self.on_error, OnError, "on_error")
 
 
 @dataclass(frozen=True, slots=True)

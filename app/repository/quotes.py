@@ -10,25 +10,28 @@ As a library, without HTTP:
         newest = await quotes.get_latest_quote("AAPL")
         day = await quotes.get_intraday_quotes("AAPL", date(2026, 11, 20), tz="America/New_York")
         bars = await quotes.get_bars(["AAPL"], "5m", start, end)
+
+Every method raises `QuotesError`s only. Beside those that it lists, each raises `InvalidRequest` in a process or an
+event loop that is not the one the repository was opened in.
 """
 
 import copy
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Final, Self
 
-from app.clock import Instant, Interval, Nanoseconds, nanoseconds
+from app.clock import Instant, Interval
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
 from app.db.replicas import database_of
 from app.errors import QuotesError
-from app.quote.batch import Batch
 from app.quote.fields import COLUMNS, NANOS, VALUES
+from app.quote.given import Quotes, batch_of
 from app.quote.rules import normal_symbol
-from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties
+from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties, check_choice
 from app.repository import bars
 from app.repository.bars import Bar, BarPrice, BarSpec, Reason
 from app.repository.ingest import Attempt, Ingest, Write
@@ -38,6 +41,7 @@ from app.repository.ranges import (
     Range,
     Sort,
     Span,
+    checked_limit,
     checked_range,
     day_bounds,
     normal_symbols,
@@ -50,7 +54,6 @@ from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN, VWAP
 from app.settings import Settings
 
 _COLUMNS: Final = ", ".join(COLUMNS.names)
-_MOST_NANOS: Final = 999
 #: Before and after whatever is stored.
 _FIRST: Final = -(10**21)
 _LAST: Final = 10**21
@@ -79,9 +82,10 @@ class QuoteRepository:
     @classmethod
     @asynccontextmanager
     async def open(cls, url: str, settings: Settings | None = None) -> AsyncIterator[Self]:
-        """A repository on the migrated database at `url`, with pools of its own.
+        """A repository on the migrated database at `url`, with pools of its own, for this process and event loop.
 
         Raises:
+            InvalidRequest: the URL is none of PostgreSQL.
             DatabaseUnavailable: the server cannot be reached.
         """
         settings = settings or Settings()
@@ -93,7 +97,12 @@ class QuoteRepository:
             await database.close()
 
     def at(self, consistency: Consistency) -> Self:
-        """The same repository, whose reads see every committed write if `strong`, or else may come from a replica."""
+        """The same repository, whose reads see every committed write if `strong`, or else may come from a replica.
+
+        Raises:
+            InvalidRequest: `consistency` is no such word.
+        """
+        check_choice(consistency, Consistency, "consistency")
         if consistency == self._consistency:
             return self
         view = copy.copy(self)
@@ -104,31 +113,33 @@ class QuoteRepository:
 
     async def bulk_insert(
         self,
-        quotes: Sequence[Mapping[str, Any]],
+        quotes: Quotes,
         *,
         on_conflict: OnConflict = "update",
         on_error: OnError = "abort",
         ties: Ties = "replace",
         prices: Prices | None = None,
     ) -> Receipt:
-        """Check and store quotes (mappings with the fields of a quote) on these `Terms`; committed when this returns.
+        """Check and store quotes of any kind that `batch_of` takes on these `Terms`; committed when this returns.
 
+        Quotes are rows with the fields of a quote, from whatever can be iterated, or a table: of pandas, polars, Arrow.
         A `timestamp` is RFC 3339, or an aware datetime; the nanoseconds of a pandas Timestamp count, and so do those of
-        `nanos`, as `RealTimeQuote.to_dict()` has them. `prices` is that
-        of the settings unless it is given.
+        `nanos`, as `RealTimeQuote.to_dict()` has them. `prices` is that of the settings unless it is given.
 
         Raises:
             InvalidQuotes: a row breaks a rule and `on_error` is `abort`.
             Conflict: a key is stored, `on_conflict` is `error` and `on_error` is `abort`.
-            InvalidRequest: too many distinct days.
+            InvalidRequest: these are no quotes, a column is none of a quote, too many distinct days, or a word that is
+                not taken.
             BodyTooLarge: too many rows.
             WriteTimeout: it ran over `write_timeout`; nothing was stored.
-            QuotesLocked: somebody holds a lock on a chunk; nothing was stored.
+            QuotesLocked: somebody holds a lock on a chunk or a key; nothing was stored.
+            SettingsChanged: the store keeps fewer quotes than a moment ago; nothing was stored.
             DatabaseUnavailable: nothing was stored.
             OutcomeUnknown: nobody knows whether they were stored, all or none.
         """
-        terms = Terms(self.limits(), on_error, on_conflict, None, ties, prices or self._settings.prices)
-        batch = Batch.from_rows([_joined(quote) for quote in quotes], terms)
+        prices = self._settings.prices if prices is None else prices
+        batch = batch_of(quotes, Terms(self.limits(), on_error, on_conflict, None, ties, prices))
         (result,) = await self.write([Write(batch, on_conflict, on_error)])
         if isinstance(result, QuotesError):
             raise result
@@ -166,14 +177,14 @@ class QuoteRepository:
             DatabaseUnavailable: nothing was deleted.
             OutcomeUnknown: nobody knows whether they were deleted, all or none.
         """
-        wanted = checked_range(symbol, start, end, 1, "asc")
+        wanted = checked_range(normal_symbol(symbol), start, end, 1, "asc")
         return await self._ingest.delete(wanted.symbols[0], wanted.start, wanted.end)
 
     # --- reading: objects ---
 
     async def get_quotes(
         self,
-        symbols: str | Sequence[str],
+        symbols: str | Iterable[str],
         start: Instant,
         end: Instant,
         *,
@@ -185,20 +196,22 @@ class QuoteRepository:
         Bounds are aware datetimes, or nanoseconds since 1970, and exact to the nanosecond.
 
         Raises:
-            InvalidRequest: a symbol cannot exist, a time is naive, or the range is reversed.
+            InvalidRequest: a symbol cannot exist, a time is naive or none, the range is reversed, the limit no number
+                of rows, or `sort` no such word.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         wanted = checked_range(symbols, start, end, limit, sort)
         argument = Arguments()
         rows = await self._fetch(f"SELECT {_COLUMNS} FROM ({_quotes(wanted, argument)}) quotes", argument)
-        return [RealTimeQuote.of(row) for row in rows[:limit]]
+        return [RealTimeQuote.of(row) for row in rows[: wanted.limit]]
 
     async def get_latest_quote(self, symbol: str) -> RealTimeQuote | None:
         """The newest quote of a symbol, None if it has none.
 
         Raises:
             InvalidRequest: the symbol cannot exist.
+            QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         argument = Arguments([normal_symbol(symbol)])
@@ -211,17 +224,19 @@ class QuoteRepository:
         """The quotes of one calendar day of the time zone, by time; 23 or 25 hours when its clocks change.
 
         Raises:
-            InvalidRequest: the symbol cannot exist, or the zone is unknown.
+            InvalidRequest: the symbol cannot exist, the zone is unknown, `day` is no date of the calendar, or the limit
+                no number of rows.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         start, end = day_bounds(day, tz)
-        return await self.get_quotes(symbol, start, end, limit=limit)
+        return await self.get_quotes(normal_symbol(symbol), start, end, limit=limit)
 
     async def get_symbols(self) -> list[SymbolSpan]:
         """All stored symbols in byte order, at a cost independent of how many quotes they have.
 
         Raises:
+            QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         rows = await self._fetch(
@@ -232,7 +247,7 @@ class QuoteRepository:
 
     async def count_quotes(
         self,
-        symbols: str | Sequence[str] | None = None,
+        symbols: str | Iterable[str] | None = None,
         start: Instant | None = None,
         end: Instant | None = None,
         *,
@@ -241,7 +256,7 @@ class QuoteRepository:
         """How many quotes are stored: counted, or with `estimate` the planner's guess at no cost.
 
         Raises:
-            InvalidRequest: a symbol cannot exist, or a time is naive.
+            InvalidRequest: a symbol cannot exist, a time is naive or none, or the range is reversed.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
@@ -250,8 +265,8 @@ class QuoteRepository:
         if symbols is not None:
             conditions.append(f"symbol = ANY({argument(normal_symbols(symbols))}::text[])")
         if start is not None or end is not None:
-            first = _FIRST if start is None else nanoseconds(start)
-            conditions.append(within(first, _LAST if end is None else nanoseconds(end), argument))
+            wanted = checked_range((), _FIRST if start is None else start, _LAST if end is None else end, 1, "asc")
+            conditions.append(within(wanted.start, wanted.end, argument))
         where = " AND ".join(conditions)
         if estimate:
             plan = await self._fetch(f"EXPLAIN (FORMAT JSON) SELECT FROM quotes.real_time WHERE {where}", argument)
@@ -261,7 +276,7 @@ class QuoteRepository:
 
     async def get_bars(
         self,
-        symbols: str | Sequence[str],
+        symbols: str | Iterable[str],
         interval: str | Interval,
         start: Instant,
         end: Instant,
@@ -276,7 +291,8 @@ class QuoteRepository:
         `price` and `tz` are those of `BarSpec`; `vwap` is sum(price x volume) / sum(volume), None without volume.
 
         Raises:
-            InvalidRequest: a symbol or the interval has no meaning, a time is naive, or the range is reversed.
+            InvalidRequest: a symbol, the interval, the zone or a word has no meaning, a time is naive or none, the
+                range is reversed, or the limit no number of rows.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
@@ -292,7 +308,7 @@ class QuoteRepository:
                 *argument.values,
             )
 
-        return [Bar(*row) for row in (await self._read(work))[:limit]]
+        return [Bar(*row) for row in (await self._read(work))[: wanted.limit]]
 
     # --- reading: pages of JSON text ---
 
@@ -324,10 +340,13 @@ class QuoteRepository:
         """The newest quotes as joined JSON text, and the named symbols that have none.
 
         Raises:
+            InvalidRequest: a symbol cannot exist.
+            QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         argument = Arguments()
-        where = "" if symbols is None else f"WHERE symbol = ANY({argument(list(symbols))}::text[])"
+        symbols = None if symbols is None else normal_symbols(symbols)
+        where = "" if symbols is None else f"WHERE symbol = ANY({argument(symbols)}::text[])"
         rows = await self._fetch(
             f"SELECT coalesce(string_agg({QUOTE}, ','), ''), coalesce(array_agg(symbol), '{{}}')"
             f" FROM (SELECT {_COLUMNS} FROM quotes.latest {where} ORDER BY symbol) held",
@@ -337,9 +356,11 @@ class QuoteRepository:
         return rows[0][0], [symbol for symbol in symbols or () if symbol not in found]
 
     async def symbols_page(self, limit: int, after: str | None) -> tuple[str, str | None]:
-        """Symbols with first and last time as joined JSON text; the last symbol if more follow.
+        """Symbols with first and last time as joined JSON text, from `after` on; the last symbol if more follow.
 
         Raises:
+            InvalidRequest: the limit is no number of rows, or `after` cannot be a symbol.
+            QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
         rows = await self._fetch(
@@ -348,7 +369,7 @@ class QuoteRepository:
             " FROM (SELECT symbol, first_timestamp, first_nanos, timestamp, nanos,"
             " row_number() OVER (ORDER BY symbol) AS n"
             " FROM quotes.latest WHERE $1::text IS NULL OR symbol > $1 ORDER BY symbol LIMIT $2 + 1) held",
-            Arguments([after, limit]),
+            Arguments([None if after is None else normal_symbol(after), checked_limit(limit)]),
         )
         text, last, count = rows[0]
         return text, last if count > limit else None
@@ -361,17 +382,6 @@ class QuoteRepository:
 
     async def _read(self, work: Work[T]) -> T:
         return await self._database.read(work, self._consistency)
-
-
-def _joined(quote: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A quote whose instant is in two parts, as it is stored, with one instant; any other as it is."""
-    if not isinstance(quote, Mapping) or NANOS not in quote or not isinstance(quote.get("timestamp"), datetime):
-        return quote
-    moment, nanos = quote["timestamp"], quote[NANOS]
-    if moment.tzinfo is None or type(nanos) is not int or not 0 <= nanos <= _MOST_NANOS:
-        return quote  # refused by its row
-    whole = {name: value for name, value in quote.items() if name != NANOS}
-    return whole | {"timestamp": Nanoseconds(nanoseconds(moment) + nanos)}
 
 
 def _quotes(wanted: Range, argument: Arguments) -> str:

@@ -6,10 +6,13 @@ joined are the whole, because a page begins at the nanosecond after the key wher
 
 import bisect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Any, Literal
+from operator import index
+from types import MappingProxyType
+from typing import Any, Final, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from app.clock import Instant, ceil, floor, nanoseconds, parse, rfc3339
@@ -17,8 +20,13 @@ from app.db.engine import Connection
 from app.errors import InvalidRequest
 from app.quote.fields import NANOS
 from app.quote.rules import normal_symbol
+from app.quote.terms import check_choice
 
 Sort = Literal["asc", "desc"]
+#: In a statement stands the word from here, never the one that was given.
+_ORDER: Final[Mapping[str, str]] = MappingProxyType({"asc": "ASC", "desc": "DESC"})
+#: One more, as is asked for to see whether there are more, still fits into an integer of SQL.
+_MOST_ROWS: Final = 2**31 - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,11 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of quotes or bars, [`start`, `end`) in nanoseconds since 1970; rows by symbol, then by time."""
+    """A range of quotes or bars, [`start`, `end`) in nanoseconds since 1970; rows by symbol, then by time.
+
+    Raises:
+        InvalidRequest: `sort` is no such word, or a limit no number of rows.
+    """
 
     symbols: Sequence[str]
     start: int
@@ -41,6 +53,12 @@ class Range:
     sort: Sort = "asc"
     limit_per_symbol: int | None = None
     after: Position | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.sort, Sort, "sort")
+        checked_limit(self.limit)
+        if self.limit_per_symbol is not None:
+            checked_limit(self.limit_per_symbol, "limit_per_symbol")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +142,8 @@ def per_symbol(
     wanted_spans = spans(wanted)
     most = argument(wanted.limit + 1)
     order = ("timestamp",) if of_bars else ("timestamp", NANOS)
-    by = ", ".join(f"{column} {wanted.sort}" for column in order)
+    direction = _ORDER[wanted.sort]
+    by = ", ".join(f"{column} {direction}" for column in order)
     if len(wanted_spans) == 1:
         # One symbol is in order as it comes, and its values are constants to the planner.
         (span,) = wanted_spans
@@ -150,7 +169,7 @@ def per_symbol(
         FROM (SELECT * FROM unnest({bounds}) AS given (symbol, start, start_nanos, stop, stop_nanos, rows)
               ORDER BY symbol COLLATE "C") span
         CROSS JOIN LATERAL (SELECT * FROM ({inner(None)}) part ORDER BY {by} LIMIT span.rows) row
-        ORDER BY span.symbol COLLATE "C", {", ".join(f"row.{column} {wanted.sort}" for column in order)}
+        ORDER BY span.symbol COLLATE "C", {", ".join(f"row.{column} {direction}" for column in order)}
         LIMIT {most}"""
 
 
@@ -190,29 +209,58 @@ def spans(wanted: Range) -> list[Span]:
     return [current, *(Span(symbol, wanted.start, wanted.end, rows) for symbol in later)]
 
 
-def checked_range(symbols: str | Sequence[str], start: Instant, end: Instant, limit: int, sort: Sort) -> Range:
+def checked_range(symbols: str | Iterable[str], start: Instant, end: Instant, limit: int, sort: Sort) -> Range:
     """A range whose parts have a meaning.
 
     Raises:
-        InvalidRequest: a symbol cannot exist, a time is naive, the range is reversed, or the limit is below 1.
+        InvalidRequest: a symbol cannot exist, a time is naive or none, the range is reversed, the limit is no number
+            of rows, or `sort` no such word.
     """
-    if limit < 1:
-        raise InvalidRequest("A limit is at least 1.", parameter="limit")
-    first, last = nanoseconds(start), nanoseconds(end)
+    first, last = checked_instant(start, "start"), checked_instant(end, "end")
     if first >= last:
         raise InvalidRequest(
             f"The range is empty: {rfc3339(floor(first))} is not before {rfc3339(floor(last))}.", parameter="start"
         )
-    return Range(normal_symbols(symbols), first, last, limit, sort)
+    return Range(normal_symbols(symbols), first, last, checked_limit(limit), sort)
 
 
-def normal_symbols(symbols: str | Sequence[str]) -> list[str]:
+def checked_instant(moment: Instant, parameter: str) -> int:
+    """Nanoseconds since 1970 of a time that a caller gave, also one of numpy's whole numbers.
+
+    Raises:
+        InvalidRequest: it is naive, or none.
+    """
+    if not isinstance(moment, (datetime, bool)):
+        with suppress(TypeError):
+            return index(moment)
+    try:
+        return nanoseconds("" if isinstance(moment, bool) else moment)  # type: ignore[arg-type]
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{parameter}: {error.detail}", parameter=parameter) from None
+
+
+def checked_limit(limit: int, parameter: str = "limit") -> int:
+    """A number of rows.
+
+    Raises:
+        InvalidRequest: it is none, below 1, or more than a statement counts.
+    """
+    with suppress(TypeError):
+        if not isinstance(limit, bool) and 1 <= (rows := index(limit)) <= _MOST_ROWS:
+            return rows
+    raise InvalidRequest(f"{parameter} is a whole number from 1 to {_MOST_ROWS:,}.", parameter=parameter)
+
+
+def normal_symbols(symbols: str | Iterable[str]) -> list[str]:
     """The stored form of one symbol or several.
 
     Raises:
-        InvalidRequest: one cannot be the name of a stored symbol.
+        InvalidRequest: one cannot be the name of a stored symbol, or these are no symbols.
     """
-    return [normal_symbol(symbol) for symbol in ([symbols] if isinstance(symbols, str) else symbols)]
+    given: Any = symbols  # whatever a caller's own callers gave
+    if not isinstance(given, Iterable):
+        raise InvalidRequest("symbols is a symbol, or several of them.", parameter="symbols")
+    return [normal_symbol(symbol) for symbol in ([given] if isinstance(given, str) else given)]
 
 
 def zone(name: str) -> ZoneInfo:
@@ -223,7 +271,7 @@ def zone(name: str) -> ZoneInfo:
     """
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+    except (ZoneInfoNotFoundError, ValueError, OSError, TypeError) as error:
         raise InvalidRequest("A time zone is an IANA name, as in America/New_York.", parameter="tz") from error
 
 
@@ -231,8 +279,10 @@ def day_bounds(day: date, tz: str) -> tuple[datetime, datetime]:
     """First instant of a calendar day of the zone, and of the next one, in UTC.
 
     Raises:
-        InvalidRequest: the zone is unknown, or the day is the last one there is.
+        InvalidRequest: the zone is unknown, the day is the last one there is, or none: a time has no day but in a zone.
     """
+    if not isinstance(day, date) or isinstance(day, datetime):
+        raise InvalidRequest("A day is a date, not a time.", parameter="date")
     local = zone(tz)
     try:
         following = day + timedelta(days=1)

@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -352,6 +352,28 @@ def test_terms_know_their_words() -> None:
     for name in ("on_error", "on_conflict", "precision", "ties", "prices"):
         with pytest.raises(InvalidRequest, match=name):
             Terms(**{name: "raise"})  # type: ignore[arg-type]
+
+
+async def test_a_dry_run_among_others_takes_nothing_from_them(quotes: QuoteRepository, symbol: str) -> None:
+    rows = [{"symbol": symbol, "timestamp": T0 + timedelta(seconds=i), "price": 1} for i in range(3)]
+    first, second, third = (Batch.from_rows([row]) for row in rows)
+    writes = [Write(first), Write(second, dry_run=True), Write(third), Write(third, dry_run=True)]
+    assert await quotes.write(writes) == [Receipt(1, 1)] * 4
+    assert [row.timestamp for row in await quotes.get_quotes(symbol, T0, T1)] == [T0, T0 + timedelta(seconds=2)]
+    assert await quotes.write(writes[1:]) == [Receipt(1, 1), Receipt(1, 0, unchanged=1), Receipt(1, 0, unchanged=1)]
+    assert await quotes.write([writes[1]]) == [Receipt(1, 1)], "it was not stored"
+
+
+async def test_requests_of_which_every_row_is_refused_share_a_transaction(quotes: QuoteRepository, symbol: str) -> None:
+    refused = {"symbol": symbol, "timestamp": T0, "price": -1}
+    sound = {**refused, "price": 1}
+    for on_conflict in get_args(OnConflict):
+        terms = Terms(on_error="skip", on_conflict=on_conflict)
+        nothing, one = Batch.from_rows([refused] * 3, terms), Batch.from_rows([sound], terms)
+        for batches in ([nothing] * 12, [nothing] * 12 + [one], [one] + [nothing] * 12):
+            receipts = await quotes.write([Write(batch, on_conflict, "skip") for batch in batches])
+            assert all(isinstance(receipt, Receipt) for receipt in receipts)
+            assert [len(r.rejected) for r in receipts if isinstance(r, Receipt) and r.received == 3] == [3] * 12
 
 
 # --- where it is used ---

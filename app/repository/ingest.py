@@ -193,13 +193,22 @@ class Ingest:
         """Store several requests in one transaction; the result of each, in order.
 
         A request that cannot be stored gets its error and harms no other one. The result of a key whose receipt
-        is kept is `Replayed`. A dry run comes alone: it is stored, counted and rolled back.
+        is kept is `Replayed`. A dry run is stored, counted and rolled back, each by itself and before the others are
+        stored.
 
         Raises:
             WriteTimeout, QuotesLocked, CommitsWaiting, DatabaseUnavailable: nothing of any request was stored.
             OutcomeUnknown: nobody knows whether they were stored, all or none.
         """
         attempt = attempt or self._whole
+        # All before the others: where one raises, nothing was stored, as is said of all.
+        tried = {
+            place: (await self._rehearse(write, attempt))[0] for place, write in enumerate(writes) if write.dry_run
+        }
+        if tried:
+            others = [write for write in writes if not write.dry_run]
+            stored = iter(await self.write(others, attempt) if others else [])
+            return [tried[place] if place in tried else next(stored) for place in range(len(writes))]
 
         async def store(connection: Connection) -> list[Receipt | QuotesError]:
             keys = [write.idempotency for write in writes]
@@ -215,16 +224,13 @@ class Ingest:
             await self._receipts.keep(connection, kept)
             return [answers[i] for i in range(len(writes))]
 
-        async def rehearse(connection: Connection) -> list[Receipt | QuotesError]:
-            return await self._try(connection, writes, late=attempt.late)
+        return await self._transactions.run(store, within=attempt.within, lock_timeout=attempt.lock_timeout)
 
-        dry = any(write.dry_run for write in writes)
+    async def _rehearse(self, write: Write, attempt: Attempt) -> list[Receipt | QuotesError]:
         return await self._transactions.run(
-            rehearse if dry else store,
-            within=attempt.within,
-            lock_timeout=attempt.lock_timeout,
-            end="ROLLBACK" if dry else "COMMIT",
-        )
+            lambda connection: self._try(connection, [write], late=attempt.late),
+            within=attempt.within, lock_timeout=attempt.lock_timeout, end="ROLLBACK",
+        )  # fmt: skip
 
     async def replay(self, key: IdempotencyKey) -> Receipt | None:
         """The receipt that is kept under the key, or None if the key is free; changes nothing.

@@ -85,8 +85,8 @@ class QuoteRepository:
         """A repository on the migrated database at `url`, with pools of its own, for this process and event loop.
 
         Raises:
-            InvalidRequest: the URL is none of PostgreSQL.
-            DatabaseUnavailable: the server cannot be reached.
+            DatabaseUnavailable: the server cannot be reached, or not by this URL.
+            StartupError: the store is one of before the first release.
         """
         settings = settings or Settings()
         database = database_of(url, settings)

@@ -10,23 +10,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from app.api.storage import report
-from app.clock import rfc3339
+from app.clock import FIRST, LAST, rfc3339
 from app.db import embedded
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.facts import shown
 from app.errors import DatabaseUnavailable, InvalidRequest, StartupError
-from app.repository.maintenance import Change, Loss, MaintenanceRepository
+from app.repository.maintenance import Change, Loss, MaintenanceRepository, Window, batches
 from app.repository.storage import Chunk, StorageRepository
 from app.settings import Settings, fault_of, span
 
@@ -59,13 +60,22 @@ class Outcome:
 
 
 def _when(text: str | None) -> datetime | None:
+    """A moment in UTC, moved to between the first and the last that can be stored."""
     if text is None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError as error:
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter("a date or a time in ISO 8601, as in 2026-01-31 or 2026-01-31T12:00Z") from error
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return min(max(moment, FIRST), LAST)
+
+
+def _range(start: str | None, end: str | None) -> tuple[datetime | None, datetime | None]:
+    low, high = _when(start), _when(end)
+    if low is not None and high is not None and low >= high:
+        raise typer.BadParameter("the range is empty: its start is not before its end")
+    return low, high
 
 
 DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]
@@ -145,19 +155,27 @@ def _print(document: object) -> None:
     typer.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
 
 
-async def _each(
-    verb: str, chunks: Sequence[Chunk], step: Callable[[Chunk], Awaitable[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Do a step for each chunk, oldest first, in sight of who waits for it."""
-    done = []
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=remarks, transient=True) as progress:
-        task = progress.add_task(verb, total=len(chunks))
+    return Progress(*columns, console=remarks, transient=True)
+
+
+async def _each(
+    outcome: Outcome,
+    chunks: Sequence[Chunk],
+    step: Callable[[Chunk], Awaitable[bool]],
+    told: Callable[[Chunk], dict[str, Any]],
+) -> None:
+    """Do a step for each chunk, oldest first, in sight of who waits for it, and tell of those that were there."""
+    with _progress() as progress:
+        task = progress.add_task(outcome.verb, total=len(chunks))
         for chunk in chunks:
-            progress.update(task, description=f"{verb} {rfc3339(chunk.start)}")
-            done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **await step(chunk)})
+            progress.update(task, description=f"{outcome.verb} {rfc3339(chunk.start)}")
+            if await step(chunk):
+                outcome.done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **told(chunk)})
+            else:
+                outcome.notes["dropped_meanwhile"] = outcome.notes.get("dropped_meanwhile", 0) + 1
             progress.advance(task)
-    return done
 
 
 def _within(chunks: Sequence[Chunk], start: datetime | None, end: datetime | None) -> list[Chunk]:
@@ -255,7 +273,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Move chunks to the columnstore: those older than the compression age, or those of a range."""
-    low, high = _when(start), _when(end)
+    low, high = _range(start, end)
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
         if outcome.level < Level.COMMUNITY:
@@ -264,14 +282,11 @@ def compress(
         due = await repository.due(datetime.now(UTC)) if low is None and high is None else await repository.chunks()
         chunks = _past([chunk for chunk in _within(due, low, high) if chunk.state != "columnstore"], outcome)
 
-        async def step(chunk: Chunk) -> dict[str, Any]:
-            await repository.compress(chunk)
-            return {"was": chunk.state}
-
-        outcome.done = await _each("compress", chunks, step)
+        await _each(outcome, chunks, repository.compress, lambda chunk: {"was": chunk.state})
         after = {chunk.name: chunk for chunk in await repository.chunks()}
+        before = {chunk.name: chunk for chunk in chunks}
         for row in outcome.done:
-            chunk = after[row["chunk"]]
+            chunk = after.get(row["chunk"], before[row["chunk"]])
             row["before_bytes"], row["after_bytes"] = chunk.before, chunk.after
             row["ratio"] = round(chunk.before / chunk.after, 2) if chunk.before and chunk.after else None
 
@@ -287,7 +302,7 @@ def decompress(
     as_json: Json = False,
 ) -> None:
     """Move the chunks of a range back to rows, as before a large correction; the policy compresses them again."""
-    low, high = _when(start), _when(end)
+    low, high = _range(start, end)
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
         if outcome.level < Level.COMMUNITY:
@@ -295,11 +310,7 @@ def decompress(
             return
         chunks = _past([c for c in _within(await repository.chunks(), low, high) if c.state != "rowstore"], outcome)
 
-        async def step(chunk: Chunk) -> dict[str, Any]:
-            await repository.decompress(chunk)
-            return {"was": chunk.state}
-
-        outcome.done = await _each("decompress", chunks, step)
+        await _each(outcome, chunks, repository.decompress, lambda chunk: {"was": chunk.state})
 
     _run(data_dir, work, "decompress", as_json=as_json)
 
@@ -314,18 +325,24 @@ def refresh(
     as_json: Json = False,
 ) -> None:
     """Bring the rollups up to date: 1m, then 1h, then 1d; never where quotes may have been dropped."""
-    low, high = _when(start), _when(end)
+    low, high = _range(start, end)
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_REFRESH)
             return
         for rollup, window in await repository.refresh_windows(datetime.now(UTC), low, high):
-            with remarks.status(f"refresh {rollup}"):
-                await repository.refresh(rollup, window, force=force)
+            with _progress() as progress:
+                task = progress.add_task(f"refresh {rollup}", total=len(batches(rollup, window)))
+                told = partial(_tell_batch, progress, task, rollup)
+                await repository.refresh(rollup, window, force=force, told=told)
             outcome.done.append({"rollup": rollup, "start": rfc3339(window.start), "end": rfc3339(window.end)})
 
     _run(data_dir, work, "refresh", as_json=as_json)
+
+
+def _tell_batch(progress: Progress, task: TaskID, rollup: str, batch: Window) -> None:
+    progress.update(task, description=f"refresh {rollup} {rfc3339(batch.start)}", advance=1)
 
 
 async def _drop_chunks(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
@@ -381,7 +398,7 @@ def drop(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = F
 @app.command()
 def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, as_json: Json = False) -> None:
     """Rewrite chunks of rows in the order of the key, for fewer pages a read; the newest one is left alone."""
-    low, high = _when(start), _when(end)
+    low, high = _range(start, end)
 
     async def work(repository: MaintenanceRepository, outcome: Outcome) -> None:
         if outcome.level < Level.COMMUNITY:
@@ -395,11 +412,7 @@ def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, a
         ]
         chunks = _past(chunks, outcome)
 
-        async def step(chunk: Chunk) -> dict[str, Any]:
-            await repository.reorder(chunk)
-            return {"bytes": chunk.bytes}
-
-        outcome.done = await _each("reorder", chunks, step)
+        await _each(outcome, chunks, repository.reorder, lambda chunk: {"bytes": chunk.bytes})
 
     _run(data_dir, work, "reorder", as_json=as_json)
 

@@ -1,5 +1,6 @@
 """`opa-quotes maintain`, `/v1/storage` and the metrics of the store, at each level as far as it goes."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,8 +8,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import anyio
 import httpx
@@ -17,15 +20,15 @@ from anyio import to_thread
 from typer.testing import CliRunner, Result
 
 from app import cli
-from app.clock import EPOCH, Instant, Nanoseconds, nanoseconds
+from app.clock import EPOCH, FIRST, LAST, Instant, Nanoseconds, nanoseconds
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.migrate import downgrade, migrate
-from app.errors import InvalidQuotes, InvalidRequest, SettingsChanged
+from app.errors import DatabaseUnavailable, InvalidQuotes, InvalidRequest, SettingsChanged
 from app.main import create_app
 from app.repository.bars import Bar, BarPrice
-from app.repository.maintenance import MaintenanceRepository
+from app.repository.maintenance import MaintenanceRepository, Window
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
 from app.repository.storage import StorageRepository
@@ -269,6 +272,117 @@ async def test_refresh_moves_the_watermarks(store: Store) -> None:
         repository.facts = replace(repository.facts, dropped_before=start + DAY)
         for _, window in await repository.refresh_windows(NOW, start - 1000 * DAY, None):
             assert window.start == start + DAY, "never over quotes that were dropped"
+
+
+async def test_a_refresh_goes_in_batches(store: Store) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("no rollups")
+    start = (NOW - 35 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 2)
+    await store.fill("AAA", NOW - DAY, 1)
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        windows = dict(await repository.refresh_windows(NOW, FIRST, LAST))
+        assert windows["ohlc_1m"].start == start, "nothing is looked at where nothing is stored"
+        for rollup, window in windows.items():
+            told: list[Window] = []
+            await repository.refresh(rollup, window, force=True, told=told.append)
+            assert (told[0].start, told[-1].end) == (window.start, window.end)
+            assert all(one.end == two.start for one, two in pairwise(told))
+            assert len(told) == {"ohlc_1m": 4, "ohlc_1h": 1, "ohlc_1d": 1}[rollup]
+            assert max(batch.end - batch.start for batch in told) <= 10 * DAY or rollup != "ohlc_1m"
+
+
+@pytest.mark.concurrent
+async def test_no_policy_fails_beside_a_refresh_by_hand(store: Store) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("no policies")
+    await store.fill("AAA", NOW - DAY, 1)
+
+    async def next_starts() -> list[datetime]:
+        async with store.database.dedicated() as connection:
+            rows = await connection.fetch(
+                "SELECT next_start FROM timescaledb_information.jobs"
+                " WHERE proc_name = 'policy_refresh_continuous_aggregate' AND scheduled"
+            )
+            return [row[0] for row in rows]
+
+    await store.execute(
+        "SELECT alter_job(job_id, scheduled => true, next_start => now() + interval '1 minute')"
+        " FROM timescaledb_information.jobs WHERE proc_name = 'policy_refresh_continuous_aggregate'"
+    )
+    seen: list[list[datetime]] = []
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        for rollup, window in await repository.refresh_windows(datetime.now(UTC), None, None):
+            looks: list[asyncio.Task[list[datetime]]] = []
+
+            def look(_: Window, looks: list[asyncio.Task[list[datetime]]] = looks) -> None:
+                looks.append(asyncio.create_task(next_starts()))
+
+            await repository.refresh(rollup, window, told=look)
+            seen += await asyncio.gather(*looks)
+    assert len(seen) == 3
+    assert all(len(starts) == 3 for starts in seen)
+    assert min(min(starts) for starts in seen) > datetime.now(UTC) + timedelta(minutes=5), "they are put off"
+    assert max(await next_starts()) < datetime.now(UTC) + timedelta(minutes=1), "and go on afterwards"
+
+
+async def test_a_chunk_that_retention_took_meanwhile_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("no columnstore")
+    await store.fill("AAA", (NOW - 40 * DAY).replace(hour=0), 2)
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        first, second = await repository.chunks()
+    await store.execute(f"DROP TABLE {first.name}")
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        assert not await repository.compress(first)
+        assert not await repository.decompress(first)
+        assert not await repository.reorder(first)
+        assert await repository.compress(second)
+    monkeypatch.setattr(MaintenanceRepository, "due", AsyncMock(return_value=[first]))
+    answer = await store.maintain("compress")
+    assert (answer["done"], answer["dropped_meanwhile"]) == ([], 1)
+
+
+@pytest.mark.concurrent
+async def test_two_drops_at_once_are_done_or_say_why_not(store: Store) -> None:
+    if store.database.capability.level < Level.APACHE:
+        pytest.skip("no chunks")
+    await store.fill("AAA", (NOW - 100 * DAY).replace(hour=0), 9, every=timedelta(hours=6))
+
+    async def drop() -> str:
+        async with MaintenanceRepository.open(store.database, store.settings) as repository:
+            try:
+                await repository.drop()
+            except DatabaseUnavailable as error:
+                return error.detail
+        return "dropped"
+
+    told = await asyncio.gather(drop(), drop())
+    assert "dropped" in told
+    assert all(one == "dropped" or "run the same command later" in one for one in told)
+    async with MaintenanceRepository.open(store.database, store.settings) as repository:
+        assert await repository.expired(datetime.now(UTC)) == []
+    assert await store.quotes.count_quotes("AAA") == 0
+
+
+ABSURD_RANGES = (
+    ("--start", "0001-01-01T00:00+14:00"), ("--end", "9999-12-31T23:59-14:00"), ("--start", "x"), ("--start", "1e99"),
+    ("--start", ""), ("--start", "2026-02-30"), ("--start", "2026-01-02", "--end", "2026-01-01"),
+    ("--start", "2026-01-01", "--end", "2026-01-01"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["compress", "decompress", "refresh", "reorder"])
+async def test_an_absurd_range_is_a_mistake_of_usage(store: Store, verb: str) -> None:
+    whole = ("--start", "0001-01-01", "--end", "9999-12-31")
+    result = await to_thread.run_sync(lambda: store.invoke(verb, *whole))
+    assert (result.exit_code, result.exception) in {(0, None), (1, result.exception)}
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    for given in ABSURD_RANGES:
+        missing = ("--end", "2026-01-01") if verb == "decompress" and "--end" not in given else ()
+        result = await to_thread.run_sync(partial(store.invoke, verb, *given, *missing))
+        assert result.exit_code == 2, (given, result.output)
+        assert isinstance(result.exception, SystemExit), (given, result.exception)
 
 
 async def test_apply_changes_the_settings_of_the_store_and_its_policies(store: Store) -> None:

@@ -7,7 +7,7 @@ transaction of its own, small enough to wait for, and done again after an interr
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +29,27 @@ UNLIMITED: Final = timedelta(days=130_000)  # back to the first day that can be 
 _STATEMENT: Final = timedelta(hours=6)  # one chunk, or one refresh of years
 _LOCK_MS: Final = 2_000  # everything on the chunk queues behind a lock that is waited for
 _TRIES: Final = 5
+#: Whole buckets of one refresh, as many as a policy takes at once.
+_BATCH: Final = {"ohlc_1m": 14_400, "ohlc_1h": 2_400, "ohlc_1d": 1_000}
+#: For how long jobs are put off at a time; they run again by themselves if this process dies.
+_PUT_OFF: Final = timedelta(minutes=10)
+#: Longest wait for a job that runs already.
+_RUNNING_LIMIT: Final = timedelta(minutes=10)
+#: What fails beside a refresh, and beside a drop, by hand.
+_REFRESHES: Final = "policy_refresh_continuous_aggregate"
+_RETENTIONS: Final = "apply_retention"
+_OURS: Final = """
+FROM timescaledb_information.jobs job
+LEFT JOIN timescaledb_information.continuous_aggregates view
+       ON view.materialization_hypertable_schema = job.hypertable_schema
+      AND view.materialization_hypertable_name = job.hypertable_name
+WHERE job.proc_name = $1 AND 'quotes' IN (job.hypertable_schema, view.view_schema, job.proc_schema) AND job.scheduled
+"""
+_POSTPONE: Final = f"SELECT job_id, alter_job(job_id, next_start => now() + $2) {_OURS}"
+_RELEASE: Final = f"SELECT alter_job(job_id, next_start => now()) {_OURS} AND job_id = ANY($2::int[])"
+_RUNNING: Final = """
+SELECT EXISTS (SELECT FROM timescaledb_information.job_stats WHERE job_id = ANY($1::int[]) AND job_status = 'Running')
+"""
 _DELETE_ROWS: Final = 20_000
 _EPOCH: Final = datetime(2000, 1, 3, tzinfo=UTC)
 _RETENTION: Final = "retention"
@@ -146,10 +167,13 @@ class MaintenanceRepository:
         return Loss(chunks, rows, cutoff) if chunks else None
 
     async def _rows(self, chunk: Chunk) -> int:
-        if chunk.state == "rowstore" and chunk.rows is None:  # nobody has looked at it yet
-            counted: int = await self._connection.fetchval(f"SELECT count(*) FROM {chunk.name}")
-            return counted
-        estimated: int = await self._connection.fetchval(_ESTIMATE, chunk.name)
+        try:
+            if chunk.state == "rowstore" and chunk.rows is None:  # nobody has looked at it yet
+                counted: int = await self._connection.fetchval(f"SELECT count(*) FROM {chunk.name}")
+                return counted
+            estimated: int = await self._connection.fetchval(_ESTIMATE, chunk.name)
+        except asyncpg.UndefinedTableError:
+            return 0  # dropped since it was listed
         return estimated
 
     async def expired_rows(self, now: datetime) -> int:
@@ -165,28 +189,40 @@ class MaintenanceRepository:
 
     # --- columnstore ---
 
-    async def compress(self, chunk: Chunk) -> None:
+    # Each says whether the chunk was there: retention may have dropped it since it was listed.
+
+    async def compress(self, chunk: Chunk) -> bool:
         """Move a chunk to the columnstore, or the late rows of one that is there."""
         with suppress(asyncpg.DuplicateObjectError):  # the policy was there first
-            await self._patiently(f"CALL convert_to_columnstore({_literal(chunk.name)}, recompress => true)")
+            return await self._rewrite(f"CALL convert_to_columnstore({_literal(chunk.name)}, recompress => true)")
+        return True
 
-    async def decompress(self, chunk: Chunk) -> None:
+    async def decompress(self, chunk: Chunk) -> bool:
         """Move a chunk back to rows; the policy compresses it again at its next run, if it is old enough."""
-        await self._patiently(f"CALL convert_to_rowstore({_literal(chunk.name)})")
+        return await self._rewrite(f"CALL convert_to_rowstore({_literal(chunk.name)})")
 
-    async def reorder(self, chunk: Chunk) -> None:
+    async def reorder(self, chunk: Chunk) -> bool:
         """Rewrite a chunk of rows in the order of the key, while it can be read."""
-        await self._patiently(f"SELECT reorder_chunk({_literal(chunk.name)}, 'quotes.real_time_pkey')")
+        return await self._rewrite(f"SELECT reorder_chunk({_literal(chunk.name)}, 'quotes.real_time_pkey')")
+
+    async def _rewrite(self, statement: str) -> bool:
+        try:
+            await self._patiently(statement)
+        except asyncpg.UndefinedTableError:
+            return False
+        return True
 
     # --- bars ---
 
     async def refresh_windows(
         self, now: datetime, start: datetime | None, end: datetime | None
     ) -> list[tuple[str, Window]]:
-        """What to refresh, finest first, for a range that is widened to whole bars and cut at the floor."""
+        """What to refresh, finest first, for a range that is widened to whole bars and cut to what is stored."""
+        chunks = await self.chunks()
         first = start or await self._connection.fetchval(_OLDEST)
-        if first is None:
+        if first is None or not chunks:
             return []
+        first = max(first, chunks[0].start)
         last = min(end or now, now)
         floor = self.facts.dropped_before
         found = []
@@ -200,12 +236,50 @@ class MaintenanceRepository:
                 found.append((name, Window(low, high)))
         return found
 
-    async def refresh(self, rollup: str, window: Window, *, force: bool = False) -> None:
-        """Bring a rollup up to date within a window: what changed, or with `force` all of it."""
-        await self._patiently(
-            f"CALL refresh_continuous_aggregate('quotes.{rollup}', {_literal(window.start.isoformat())}::timestamptz,"
-            f" {_literal(window.end.isoformat())}::timestamptz, force => {str(force).lower()})"
-        )
+    async def refresh(
+        self, rollup: str, window: Window, *, force: bool = False, told: Callable[[Window], None] = lambda _: None
+    ) -> None:
+        """Bring a rollup up to date within a window: what changed, or with `force` all of it.
+
+        In batches, of which each is `told` before it begins. A policy that begins beside a refresh fails, so those of
+        the rollups are put off meanwhile, and one that runs is waited for.
+
+        Raises:
+            DatabaseUnavailable: something else refreshes it all the time.
+        """
+        jobs = await self._put_off(_REFRESHES)
+        try:
+            for batch in batches(rollup, window):
+                told(batch)
+                await self._put_off(_REFRESHES)
+                start, end = (_literal(moment.isoformat()) for moment in (batch.start, batch.end))
+                await self._patiently(
+                    f"CALL refresh_continuous_aggregate({_literal(f'quotes.{rollup}')}, {start}::timestamptz,"
+                    f" {end}::timestamptz, force => {str(bool(force)).lower()})"
+                )
+        finally:
+            await self._release(_REFRESHES, jobs)
+
+    async def _put_off(self, procedure: str) -> list[int]:
+        """Let jobs that do the same begin later, once none runs; their numbers, none where this role may not."""
+        try:
+            rows = await self._connection.fetch(_POSTPONE, procedure, _PUT_OFF)
+        except asyncpg.InsufficientPrivilegeError:
+            return []
+        jobs = [row[0] for row in rows]
+        deadline = datetime.now(UTC) + _RUNNING_LIMIT
+        waited = False
+        while await self._connection.fetchval(_RUNNING, jobs):
+            if datetime.now(UTC) > deadline:
+                raise DatabaseUnavailable("A policy does the same all the time; run the same command later.")
+            waited = True
+            await asyncio.sleep(1)
+        # Its end has set when a job that ran begins next.
+        return await self._put_off(procedure) if waited else jobs
+
+    async def _release(self, procedure: str, jobs: Sequence[int]) -> None:
+        if jobs and not self._connection.is_closed():
+            await self._connection.fetch(_RELEASE, procedure, jobs)
 
     # --- retention ---
 
@@ -220,9 +294,18 @@ class MaintenanceRepository:
     async def drop(self) -> None:
         """Drop the chunks that are past their retention, once their bars are complete, as the job does.
 
-        The first time of each symbol is set to its oldest stored quote; symbols without any are forgotten.
+        The first time of each symbol is set to its oldest stored quote; symbols without any are forgotten. The job is
+        put off meanwhile; whoever else drops the same chunks is let go first.
+
+        Raises:
+            DatabaseUnavailable: a chunk was in use all the time.
+            DatabaseRefused: bars of a chunk could not be completed, so that it stays.
         """
-        await self._patiently("CALL quotes.apply_retention(NULL, NULL)")
+        jobs = await self._put_off(_RETENTIONS) if self.capability.level >= Level.COMMUNITY else []
+        try:
+            await self._patiently("CALL quotes.apply_retention(NULL, NULL)", again=asyncpg.UndefinedTableError)
+        finally:
+            await self._release(_RETENTIONS, jobs)
 
     async def mend_first(self, now: datetime) -> None:
         """As `drop` ends, where quotes of a plain table were deleted."""
@@ -293,19 +376,21 @@ class MaintenanceRepository:
                 else:
                     await self._connection.execute(_ADD[key].format(span=_interval(span)))
 
-    async def _patiently(self, statement: str) -> None:
+    async def _patiently(
+        self, statement: str, *, again: type[asyncpg.PostgresError] = asyncpg.LockNotAvailableError
+    ) -> None:
         """Run a statement that takes a strong lock, giving way to who is in line each time it does not get it.
 
         Raises:
-            DatabaseUnavailable: something held on to the chunk all the time.
+            DatabaseUnavailable: something held on to the chunk all the time, or failed it `again` and again.
         """
         for attempt in range(1, _TRIES + 1):
             try:
                 await self._connection.execute(statement)
-            except asyncpg.LockNotAvailableError as error:
+            except (asyncpg.LockNotAvailableError, again) as error:
                 if attempt == _TRIES:
                     raise DatabaseUnavailable(
-                        "The chunk is in use all the time; run the same command later."
+                        "What this works on is in use all the time; run the same command later."
                     ) from error
                 await asyncio.sleep(attempt)
             except asyncpg.RaiseError as error:
@@ -320,12 +405,24 @@ _ADD: Final = {
         f"{name}start_offset": f"SELECT add_continuous_aggregate_policy('quotes.{name}', start_offset => {{span}},"
         f" end_offset => interval '{end}', schedule_interval => interval '{every}', buckets_per_batch => {buckets})"
         for name, end, every, buckets in (
-            ("ohlc_1m", "1 minute", "1 minute", 14_400),
-            ("ohlc_1h", "1 hour", "5 minutes", 2_400),
-            ("ohlc_1d", "1 day", "15 minutes", 1_000),
+            ("ohlc_1m", "1 minute", "1 minute", _BATCH["ohlc_1m"]),
+            ("ohlc_1h", "1 hour", "5 minutes", _BATCH["ohlc_1h"]),
+            ("ohlc_1d", "1 day", "15 minutes", _BATCH["ohlc_1d"]),
         )
     },
 }
+
+
+def batches(rollup: str, window: Window) -> list[Window]:
+    """A window of whole buckets in parts that a refresh is done with soon, oldest first."""
+    width = dict(ROLLUPS)[rollup] * _BATCH[rollup]
+    found = []
+    start = window.start
+    while start < window.end:
+        end = min(start - (start - _EPOCH) % dict(ROLLUPS)[rollup] + width, window.end)
+        found.append(Window(start, end))
+        start = end
+    return found
 
 
 def _interval(span: timedelta) -> str:

@@ -4,13 +4,18 @@ Invariant: nothing here reads quotes. Everything comes from catalogs and file si
 whatever the chunks hold: 70 ms on a native server with 730 chunks, 700 of them in the columnstore.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
+import asyncpg
+
 from app.db.capability import DETECT, Capability, Level
 from app.db.engine import Connection, Database
 
+#: Looks at chunks, of which one may be dropped during each.
+_LOOKS: Final = 5
 ChunkState = Literal["rowstore", "columnstore", "partial"]
 #: `partial` is a chunk of the columnstore that holds late rows until it is compressed again.
 STATES: Final[tuple[ChunkState, ...]] = ("rowstore", "columnstore", "partial")
@@ -230,6 +235,14 @@ async def chunks(connection: Connection, level: Level) -> list[Chunk]:
     """The chunks of the raw quotes by time; none where they are a plain table."""
     if level < Level.APACHE:
         return []
+    # One that retention drops meanwhile is still listed, and has no size any more.
+    for _ in range(_LOOKS - 1):
+        with suppress(asyncpg.UndefinedTableError):
+            return await _chunks(connection, level)
+    return await _chunks(connection, level)
+
+
+async def _chunks(connection: Connection, level: Level) -> list[Chunk]:
     savings = {row[0]: row for row in await connection.fetch(_SAVINGS)} if level >= Level.COMMUNITY else {}
     found = []
     for name, start, end, status, rows, size, index_size in await connection.fetch(_CHUNKS):

@@ -5,13 +5,14 @@ status says whether it worked.
 """
 
 import asyncio
+import io
 import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -65,9 +66,18 @@ errors = Console(stderr=True)
 
 
 def main() -> None:
-    """Run the command line; errors of this project end it with a sentence and status 1."""
+    """Run the command line; errors of this project, and of files, end it with a sentence and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # a locale that cannot write a frame of a table
     try:
         app()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what could not be written is not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        where = f": {error.filename}" if error.filename else ""
+        errors.print(f"[red]error:[/red] {error.strerror or type(error).__name__}{where}.", highlight=False)
+        sys.exit(1)
     except QuotesError as error:
         errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -84,6 +94,13 @@ def _faults(error: ValidationError) -> list[str]:
         name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
         found.append(f"{name if fault['loc'] else 'settings'}: {fault['msg']}")
     return found
+
+
+def _a_number(value: float | None) -> float | None:
+    """Refuse what is no number, which no bound does: a wait for it would never end."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("a number")
+    return value
 
 
 def _settings(**overrides: Any) -> Settings:
@@ -175,7 +192,7 @@ def migrate(
 @app.command()
 def health(
     *,
-    wait: Annotated[float, typer.Option(help="Seconds to wait until healthy.")] = 0,
+    wait: Annotated[float, typer.Option(min=0, callback=_a_number, help="Seconds to wait until healthy.")] = 0,
     retry: Annotated[int, typer.Option(min=0, help="Further tries, a second apart, until healthy.")] = 0,
     report: Annotated[str | None, typer.Option(help="URL to POST the result to, four tries in 4 s.")] = None,
     data_dir: DataDir = None,
@@ -312,10 +329,13 @@ def demo(
     *,
     symbols: Annotated[int, typer.Option(min=1, max=len(market.INSTRUMENTS), help="Instruments.")] = 24,
     days: Annotated[int, typer.Option(min=0, help="Whole days of history before today.")] = 3,
-    rate: Annotated[float, typer.Option(min=0.1, help="Live quotes a second.")] = 50.0,
+    rate: Annotated[float, typer.Option(min=0.1, callback=_a_number, help="Live quotes a second.")] = 50.0,
     seed: Annotated[int, typer.Option(help="Seed of the market.")] = market.DEFAULT_SEED,
     duration: Annotated[
-        float | None, typer.Option(min=0, help="Seconds of live quotes; 0 for none.", show_default="until Ctrl-C")
+        float | None,
+        typer.Option(
+            min=0, callback=_a_number, help="Seconds of live quotes; 0 for none.", show_default="until Ctrl-C"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

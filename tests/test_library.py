@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -550,3 +551,52 @@ async def test_a_write_that_is_blocked_says_by_what(
     quotes = QuoteRepository(database, lane.make_settings(write_timeout="300 ms"))
     with pytest.raises(QuotesLocked):
         await quotes.bulk_insert([blocked], on_conflict=on_conflict)
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("settings > /dev/full", 1),
+        ("settings --json > /dev/full", 1),
+        ("settings >&-", 0),
+        ("settings | head -c 10", 0),
+        ("health --wait nan", 2),
+        ("demo --rate nan", 2),
+        ("demo --duration nan", 2),
+        ("maintain show --limit -1", 2),
+    ],
+)
+def test_a_command_ends_with_a_sentence_whatever_it_writes_to(command: str, status: int) -> None:
+    """In a locale that has no letters for a frame around a table."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HOME": "/nonexistent"}
+    result = subprocess.run(
+        ["/bin/sh", "-c", f'"{sys.executable}" -m app {command}'],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+    assert status == 0 or result.stderr
+
+
+async def test_the_runbook_of_stale_quotes_lists_the_stale_symbols(
+    quotes: QuoteRepository, database: Database, symbol: str
+) -> None:
+    runbook = (ROOT / "docs/runbooks.md").read_text().split("## QuotesStale\n")[1].split("\n## ")[0]
+    (statement,) = re.findall(r"```sql\n(.*?)```", runbook, re.DOTALL)
+    now = datetime.now(UTC)
+    stale, fresh = symbol, f"{symbol}X"
+    await quotes.bulk_insert(
+        [
+            {"symbol": stale, "timestamp": now - timedelta(minutes=16), "price": 1},
+            {"symbol": fresh, "timestamp": now - timedelta(minutes=1), "price": 1},
+        ]
+    )
+    async with database.dedicated() as connection:
+        rows = await connection.fetch(statement)
+    named = [name for row in rows for name in row["some"]]
+    assert stale in named
+    assert fresh not in named

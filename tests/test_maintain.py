@@ -365,6 +365,29 @@ async def test_two_drops_at_once_are_done_or_say_why_not(store: Store) -> None:
     assert await store.quotes.count_quotes("AAA") == 0
 
 
+async def test_a_deletion_of_what_retention_took_says_so(store: Store) -> None:
+    """Also where another process changed the retention since this one read it."""
+    level = store.database.capability.level
+    start = (NOW - 60 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 3)
+    async with QuoteRepository.open(store.url, store.settings) as library:
+        await store.maintain("apply", "--retention", "58 days", "--yes")
+        await store.maintain("drop")
+        if level < Level.COMMUNITY:
+            assert await library.delete_quotes("AAA", start, start + DAY) == 0, "no bars are left either"
+            return
+        bars = await library.get_bars("AAA", "1d", start, start + 2 * DAY)
+        assert len(bars) == 2
+        with pytest.raises(InvalidRequest, match="Retention has dropped"):
+            await library.delete_quotes("AAA", start, start + DAY)
+        # Of a range beside it what is stored is deleted.
+        stored = await library.count_quotes("AAA")
+        assert stored > 0
+        assert await library.delete_quotes("AAA", start, start + 3 * DAY) == stored
+        assert await library.get_latest_quote("AAA") is None
+        assert await library.get_bars("AAA", "1d", start, start + 2 * DAY) == bars
+
+
 ABSURD_RANGES = (
     ("--start", "0001-01-01T00:00+14:00"), ("--end", "9999-12-31T23:59-14:00"), ("--start", "x"), ("--start", "1e99"),
     ("--start", ""), ("--start", "2026-02-30"), ("--start", "2026-01-02", "--end", "2026-01-01"),

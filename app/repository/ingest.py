@@ -16,12 +16,12 @@ import asyncpg
 import pyarrow as pa
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from app.clock import nanoseconds, parts
+from app.clock import nanoseconds, parts, rfc3339
 from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.facts import FACTS, Facts
 from app.db.transactions import Transactions
-from app.errors import Conflict, QuotesError, Rejection, SettingsChanged
+from app.errors import Conflict, DatabaseUnavailable, InvalidRequest, QuotesError, Rejection, SettingsChanged
 from app.quote.batch import Batch, Ends, ends, joined
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.quote.terms import OnConflict, OnError, Receipt, check_choice
@@ -32,6 +32,8 @@ _Result = TypeVar("_Result")
 
 #: A quote at the edge when it was checked may lie behind it when it is written.
 _SETTLING: Final = timedelta(minutes=10)
+#: Times that a deletion is tried from under which chunks are dropped.
+_TRIES: Final = 3
 #: Wait for a lock of whoever does not say, in seconds.
 _LOCK_TIMEOUT: Final = 5.0
 _COLUMNS: Final = ", ".join(COLUMNS.names)
@@ -355,6 +357,7 @@ class Ingest:
         """Delete a symbol's quotes in [`start`, `stop`), nanoseconds since 1970; how many they were.
 
         Raises:
+            InvalidRequest: retention has dropped all of the range, and only bars are left of it, which stay.
             WriteTimeout: it ran over `write_timeout`; nothing was deleted.
             QuotesLocked: somebody holds a lock on a chunk; nothing was deleted.
             DatabaseUnavailable: nothing was deleted.
@@ -363,9 +366,27 @@ class Ingest:
 
         async def delete(connection: Connection) -> int:
             done: str = await connection.execute(_DELETE, symbol, *parts(start), *parts(stop))
+            deleted = int(done.removeprefix("DELETE "))
+            # Asked when the chunks of the range are locked, or gone: another process may have changed retention, and
+            # what it drops it notes in the same transaction.
+            facts = self._database.facts = Facts.of(await connection.fetchrow(FACTS) or ())
+            dropped = facts.dropped_before
+            if not deleted and dropped is not None and stop <= nanoseconds(dropped):
+                raise InvalidRequest(
+                    f"Retention has dropped the quotes before {rfc3339(dropped)}; what is left of them are bars, which"
+                    " stay.",
+                    parameter="end",
+                )
             await self._mend_latest(connection, symbol, start, stop)
-            return int(done.removeprefix("DELETE "))
+            return deleted
 
+        for _ in range(_TRIES - 1):
+            try:
+                return await self._run(delete)
+            except DatabaseUnavailable as error:
+                # A chunk that retention dropped between the plan of the statement and its locks.
+                if not isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                    raise
         return await self._run(delete)
 
     async def _mend_latest(self, connection: Connection, symbol: str, start: int, stop: int) -> None:

@@ -171,7 +171,8 @@ class QuoteRepository:
         before are no longer made of quotes, and stay.
 
         Raises:
-            InvalidRequest: the symbol cannot exist, a time is naive, or the range is reversed.
+            InvalidRequest: the symbol cannot exist, a time is naive or none, the range is reversed, or retention has
+                dropped all of it, so that only bars are left.
             WriteTimeout: it ran over `write_timeout`; nothing was deleted.
             QuotesLocked: somebody holds a lock on a chunk; nothing was deleted.
             DatabaseUnavailable: nothing was deleted.

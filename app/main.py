@@ -24,6 +24,7 @@ from app import __version__, logs, metrics, traces, workers
 from app.api import ingest, ohlc, ops, problems, quotes, storage, symbols
 from app.api.access import QUIET, Observed
 from app.api.deps import Services
+from app.api.shares import Shares
 from app.db import embedded
 from app.db.engine import Database
 from app.db.migrate import head, migrate
@@ -132,7 +133,7 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
-    return Services(settings, repository, writer, health, monitor, readers)
+    return Services(settings, repository, writer, health, monitor, readers, Shares(settings, writer, _READERS))
 
 
 async def _reach(database: Database, url: str, settings: Settings, writer: Writer) -> None:

@@ -277,9 +277,14 @@ def observe_arrival(times: pa.Array | list[datetime], arrived: float) -> None:
         INGEST_LATE.inc(late_rows)
 
 
+#: Statuses of requests whose time was their clients': a body that did not come, a client that went.
+_CLIENTS_TIME: Final = frozenset({408, 499})
+
+
 def observe_request(handler: str, method: str, status: int, seconds: float, body_bytes: int) -> None:
     """Count one request by its route's template, or `none`."""
     HTTP_REQUESTS.labels(handler, method, status).inc()
-    HTTP_SECONDS.labels(handler, method).observe(seconds)
+    if status not in _CLIENTS_TIME:
+        HTTP_SECONDS.labels(handler, method).observe(seconds)
     if body_bytes:
         HTTP_BODY_BYTES.observe(body_bytes)

@@ -235,7 +235,18 @@ class Settings(BaseSettings):
         default=366, ge=1, description="Most distinct UTC days in one request; each is a chunk to lock."
     )
     max_symbols: int = Field(default=500, ge=1, description="Most symbols named in one read.")
-    body_timeout: Duration = Field(default=timedelta(seconds=30), description="Longest wait for a request body.")
+    body_timeout: Duration = Field(
+        default=timedelta(seconds=10), description="Longest wait for the next bytes of a request body."
+    )
+    body_rate: int = Field(
+        default=10_000,
+        ge=1,
+        description="Least bytes a second of a request body, on average after its first `body_timeout`.",
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1,::1",
+        description="Addresses and networks of proxies whose `X-Forwarded-For` names the client; `*` trusts all.",
+    )
 
     idempotency_expiry: Duration = Field(
         default=timedelta(hours=24), description="Time that an idempotency key and its receipt are kept."

@@ -12,10 +12,10 @@ tried one by one, so that none is refused for what another one holds.
 
 import asyncio
 import contextvars
+import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,7 +26,6 @@ from opentelemetry.trace import SpanContext, Tracer
 
 from app import metrics, traces
 from app.errors import (
-    BodyTimeout,
     DatabaseMisconfigured,
     DatabaseUnavailable,
     IdempotencyKeyInUse,
@@ -162,7 +161,8 @@ class Writer:
         self._rows = 0  # waiting or being written
         self._bytes = 0  # these, and bodies that are being read
         self._keys: set[str] = set()  # idempotency keys that wait or are being written
-        self._rooms: set[Room] = set()
+        #: Until when bodies may arrive, on the loop's clock.
+        self.bodies_until = math.inf
         self._stopping = False
         self._closed = False
         self._ending: list[asyncio.TimerHandle] = []
@@ -201,8 +201,7 @@ class Writer:
         self._stopping = True
         loop = asyncio.get_running_loop()
         now, drain = loop.time(), self._settings.drain_timeout.total_seconds()
-        for room in self._rooms:
-            room.hurry(now + drain / 2)
+        self.bodies_until = now + drain / 2
         self._ending = [loop.call_at(now + drain / 2, self._close), loop.call_at(now + drain, self._give_up)]
 
     def _close(self) -> None:
@@ -243,7 +242,7 @@ class Writer:
         full = self._rows and self._rows + rows > self._settings.writer_queue_rows
         if full or (lane.rows and (lane.rows + rows > lane.most_rows or lane.bytes + nbytes > lane.most_bytes)):
             raise self._overloaded(lane)
-        self._take(nbytes)
+        self.take(nbytes)
         loop = asyncio.get_running_loop()
         pending = _Pending(write, rows, nbytes, traces.request_context(), loop.create_future())
         lane.queue.append(pending)
@@ -258,17 +257,29 @@ class Writer:
             # One turn of the loop: requests that became ready together share the transaction, of none of which its
             # context is.
             lane.due = loop.call_soon(self._begin, lane, context=contextvars.Context())
-        return await pending.result
+        try:
+            return await pending.result
+        except asyncio.CancelledError:  # the client has gone
+            self._drop(lane, pending)
+            raise
 
-    def room(self) -> "Room":
-        """Room for a body, to be taken as it arrives."""
-        return Room(self)
+    def take(self, nbytes: int, *, alone: int = 0) -> None:
+        """Take room for bytes that wait, in a body or in a batch; `alone` of those that do are of the same request.
 
-    def _take(self, nbytes: int, *, alone: int = 0) -> None:
-        """Count bytes as waiting; `alone` of those that do already are of the same request."""
+        Raises:
+            Overloaded: there is none.
+        """
         if self._bytes > alone and self._bytes + nbytes > self._settings.writer_queue_bytes:
             raise self._overloaded(self._live)
         self._bytes += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Give back room that was taken."""
+        self._bytes -= nbytes
+
+    def retry_after(self) -> float:
+        """When to come back, in seconds."""
+        return self._live.retry_after()
 
     def _overloaded(self, lane: _Lane) -> Overloaded:
         which = "late quotes" if lane.late else "quotes"
@@ -294,6 +305,15 @@ class Writer:
             pending.result.set_exception(result)
         else:
             pending.result.set_result(result)
+
+    def _drop(self, lane: _Lane, pending: _Pending) -> None:
+        """Take a request out of its lane, if nothing has been done for it yet."""
+        try:
+            lane.queue.remove(pending)
+        except ValueError:
+            return
+        lane.waiting_rows -= pending.rows
+        self._settle(lane, pending, asyncio.CancelledError())
 
     def _expire(self, lane: _Lane) -> None:
         """Refuse what has waited for half of `write_timeout`, and look again when the next one will have."""
@@ -387,56 +407,3 @@ class Writer:
         for pending, result in zip(gathered, results, strict=True):
             self._settle(lane, pending, result)
         return None
-
-
-class Room:
-    """Bytes of a body that is being read, and its time; they count as waiting until they are given back."""
-
-    __slots__ = ("_bytes", "_limit", "_writer")
-
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
-        self._bytes = 0
-        self._limit: asyncio.Timeout | None = None
-
-    def grow(self, nbytes: int) -> None:
-        """Take room for more bytes.
-
-        Raises:
-            Overloaded: there is none.
-        """
-        self._writer._take(nbytes, alone=self._bytes)  # noqa: SLF001  the other half of this class
-        self._bytes += nbytes
-
-    @asynccontextmanager
-    async def arriving(self, timeout: timedelta) -> AsyncIterator[None]:
-        """While the body arrives, in `timeout` at most.
-
-        Raises:
-            BodyTimeout: it took longer.
-            ServiceStopping: the service stops and cannot wait for it.
-        """
-        rooms = self._writer._rooms  # noqa: SLF001
-        try:
-            async with asyncio.timeout(timeout.total_seconds()) as self._limit:
-                rooms.add(self)
-                yield
-        except TimeoutError as error:
-            if self._writer.accepting:
-                raise BodyTimeout("The body did not arrive in time.") from error
-            raise ServiceStopping("The service stops before this body has arrived.") from error
-        finally:
-            rooms.discard(self)
-
-    def hurry(self, when: float) -> None:
-        """Wait for the body no longer than until `when` on the loop's clock."""
-        if self._limit is not None and (self._limit.when() or when) > when:
-            self._limit.reschedule(when)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer._bytes -= self._bytes  # noqa: SLF001

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from app.errors import (
-    BodyTimeout,
     Conflict,
     DatabaseRefused,
     DatabaseUnavailable,
@@ -212,6 +211,20 @@ async def test_what_does_not_drain_in_time_is_told() -> None:
             await task
 
 
+async def test_what_waits_for_a_client_that_has_gone_is_not_written() -> None:
+    gate = Gate()
+    async with Writer(gate, make_settings()) as writer:
+        flushing = asyncio.create_task(writer.submit(write()))
+        await settle()
+        gone, stays = (asyncio.create_task(writer.submit(write())) for _ in range(2))
+        await settle()
+        gone.cancel()
+        gate.open.set()
+        assert [(await task).inserted for task in (flushing, stays)] == [1, 1]
+    assert gate.flushes == [1, 1]
+    assert gone.cancelled()
+
+
 async def test_a_client_that_goes_does_not_disturb_the_others() -> None:
     gate = Gate()
     async with Writer(gate, make_settings()) as writer:
@@ -227,19 +240,18 @@ async def test_bodies_that_are_being_read_take_room_from_the_queue() -> None:
     gate = Gate()
     gate.open.set()
     async with Writer(gate, make_settings(writer_queue_bytes=100_000)) as writer:
-        with writer.room() as first:
-            first.grow(1_000_000)  # alone, it may be larger than the queue
-            with writer.room() as second, pytest.raises(Overloaded) as caught:
-                second.grow(1)
-            assert caught.value.retry_after == 1.0
-        with writer.room() as third:
-            third.grow(99_000)
-            with writer.room() as fourth:
-                fourth.grow(500)
-                with pytest.raises(Overloaded):
-                    fourth.grow(600)
-            with pytest.raises(Overloaded):
-                await writer.submit(write(59))
+        writer.take(1_000_000)  # alone, it may be larger than the queue
+        with pytest.raises(Overloaded) as caught:
+            writer.take(1)
+        assert caught.value.retry_after == 1.0
+        writer.give_back(1_000_000)
+        writer.take(99_000)
+        writer.take(500)
+        with pytest.raises(Overloaded):
+            writer.take(600, alone=500)
+        with pytest.raises(Overloaded):
+            await writer.submit(write(59))
+        writer.give_back(99_500)
         assert (await writer.submit(write(59))).inserted == 59
 
 
@@ -449,15 +461,3 @@ async def test_every_request_has_an_answer_when_the_drain_ends() -> None:
             with pytest.raises(ServiceStopping):
                 await writer.submit(write())
     assert [type(result) for result in results] == [ServiceStopping, ServiceStopping]
-
-
-async def test_a_body_has_its_time_and_less_of_it_when_the_service_stops() -> None:
-    gate = Gate()
-    async with Writer(gate, make_settings(drain_timeout="100 ms")) as writer:
-        with writer.room() as room, pytest.raises(BodyTimeout):
-            async with room.arriving(timedelta(milliseconds=10)):
-                await asyncio.sleep(30)
-        asyncio.get_running_loop().call_soon(writer.stop_accepting)
-        with writer.room() as room, pytest.raises(ServiceStopping):
-            async with room.arriving(timedelta(seconds=30)):
-                await asyncio.sleep(30)

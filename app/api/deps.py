@@ -21,13 +21,16 @@ import msgspec
 from fastapi import Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
+from starlette.requests import ClientDisconnect
 
+from app.api.shares import Claim, Shares
 from app.clock import NotAnInstant, floor, microseconds, parse, rfc3339_nano
 from app.errors import (
     BodyTooLarge,
     Forbidden,
     InvalidPageToken,
     InvalidRequest,
+    Overloaded,
     QuotesError,
 )
 from app.formats import encoding
@@ -38,7 +41,7 @@ from app.quote.terms import Consistency
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
 from app.settings import Settings
-from app.writer import Room, Writer
+from app.writer import Writer
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -46,6 +49,8 @@ _T = TypeVar("_T")
 _SIGNATURE_BYTES: Final = 12
 #: What becomes more than this is decompressed in a thread: gzip takes about a millisecond for it.
 _INLINE_BYTES: Final = 64 * 1024
+#: Bytes that are made of a body in one go there, before room is taken for more.
+_STEP_BYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +64,18 @@ class Services:
     monitor: Monitor
     #: Few, because what a body becomes while it is read takes several times its size.
     readers: ThreadPoolExecutor
+    shares: Shares
 
-    async def read(self, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
-        """What a function makes of a body that is too large to be read on the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, partial(decode, *arguments, **options))
+    async def read(self, claim: Claim, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
+        """What a function makes of a body that is too large to be read on the event loop; clients take turns."""
+        loop = asyncio.get_running_loop()
+        async with self.shares.readers.turn(claim.who):
+            return await loop.run_in_executor(self.readers, partial(decode, *arguments, **options))
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool
+    if "behind" in request.scope["state"] and request.scope["path"].startswith("/v1/"):
+        raise Overloaded("This client should take the answers that it has asked for before it asks for more.")
     services: Services = request.app.state.services
     return services
 
@@ -89,16 +99,17 @@ def require_admin(request: Request, settings: Settings) -> None:
 # --- body ---
 
 
-async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
-    """The whole body, decompressed; `room` is taken for it as it arrives.
+async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes:
+    """The whole body, decompressed; room is claimed for it as it arrives.
 
     Raises:
         Overloaded: there is no more room.
         UnsupportedEncoding: it is encoded in another way than gzip or zstd, or more than once.
         MalformedBody: the encoding is damaged.
         BodyTooLarge: it is longer than `max_body_bytes`, by its header, in fact, or decompressed.
-        BodyTimeout: it did not arrive within `body_timeout`.
+        BodyTimeout: nothing of it came for `body_timeout`, or less than `body_rate` a second.
         ServiceStopping: the service stops before it has arrived.
+        ClientDisconnect: the client has gone.
     """
     limit = settings.max_body_bytes
     inflater = encoding.inflater(request.headers.get("content-encoding"), limit)
@@ -106,18 +117,43 @@ async def read_body(request: Request, settings: Settings, room: Room) -> bytes:
     if length.isdecimal() and int(length[:19]) > limit:
         raise BodyTooLarge.beyond(limit)
     chunks: list[bytes] = []
-    size = 0
-    async with room.arriving(settings.body_timeout):
-        async for chunk in request.stream():
-            room.grow(len(chunk))
-            size += len(chunk)
-            if size > limit:
+    more = True
+    claim.expect()
+    try:
+        while more:
+            message = await request.receive()  # `stream()` has a generator more, 1 us
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            more = message.get("more_body", False)
+            chunk = message.get("body", b"")
+            claim.came(len(chunk))
+            if claim.size > limit:
                 raise BodyTooLarge.beyond(limit)
             if inflater is None:
+                claim.grow(len(chunk))
                 chunks.append(chunk)
-            elif not inflater.feed(chunk, most=_INLINE_BYTES):
-                await asyncio.to_thread(inflater.feed)
+            elif chunk:
+                await _inflate(inflater, chunk, claim)
+    except asyncio.CancelledError:
+        claim.explain()
+        raise
+    finally:
+        claim.arrived()
     return b"".join(chunks) if inflater is None else inflater.finish()
+
+
+async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim) -> None:
+    """Decompress a part of a body, and claim room for what it becomes."""
+    before = inflater.size
+    done = inflater.feed(chunk, most=_INLINE_BYTES)
+    claim.grow(inflater.size - before)
+    if not done:
+        claim.busy = True
+        while not done:
+            before = inflater.size
+            done = await asyncio.to_thread(inflater.feed, most=_STEP_BYTES, parts=True)
+            claim.grow(inflater.size - before)
+        claim.worked()
 
 
 # --- query ---

@@ -210,27 +210,32 @@ def _count(receipt: Receipt) -> None:
 async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Receipt:
     name = idempotency_key(request)
     codec = formats.reader(request.headers.get("content-type"))
-    with wired.writer.room() as room:
-        body = await read_body(request, wired.settings, room)
+    with wired.shares.claim(request.scope.get("client")) as claim:
+        body = await read_body(request, wired.settings, claim)
         arrived = time.time()
         large = len(body) > codec.inline_bytes
         key = None
         if name is not None and not query.dry_run:
-            digest = await wired.read(fingerprint, request, query, body) if large else fingerprint(request, query, body)
+            digest = (
+                await wired.read(claim, fingerprint, request, query, body)
+                if large
+                else fingerprint(request, query, body)
+            )
             key = IdempotencyKey(name, digest)
         terms = Terms(
             wired.quotes.limits(), query.on_error, query.on_conflict, query.precision, query.ties,
             query.prices or wired.settings.prices,
         )  # fmt: skip
         try:
-            batch = await wired.read(codec.decode, body, terms) if large else codec.decode(body, terms)
+            batch = await wired.read(claim, codec.decode, body, terms) if large else codec.decode(body, terms)
         except QuotesError:
             # What was taken the first time may be refused by now: quotes grow too old, limits change.
             if key is not None and (receipt := await wired.quotes.replay(key)) is not None:
                 return receipt
             raise
         del body  # the batch may wait for long
-    receipt = await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, key, query.dry_run))
+        claim.become(len(batch), batch.nbytes)
+        receipt = await wired.writer.submit(Write(batch, query.on_conflict, query.on_error, key, query.dry_run))
     if not query.dry_run and not isinstance(receipt, Replayed):
         metrics.observe_arrival(batch.timestamps, arrived)
     return receipt

@@ -65,12 +65,13 @@ class Inflater:
         self._limit = limit
         self._waiting = memoryview(b"")
         self._found: list[bytes] = []
-        self._size = 0
+        #: Bytes that have come out.
+        self.size = 0
 
-    def feed(self, data: bytes = b"", *, most: int | None = None) -> bool:
-        """Decompress the next bytes of the body; with `most` only about as many of what comes out, and of one part.
+    def feed(self, data: bytes = b"", *, most: int, parts: bool = False) -> bool:
+        """Decompress the next bytes of the body, until about `most` have come out; of one part, or of several `parts`.
 
-        True if they are used up; otherwise call again without data, and without `most`, before the next ones.
+        True if they are used up; otherwise call again without data, and with `parts`, before the next ones.
 
         Raises:
             BodyTooLarge: the body has become longer than the limit.
@@ -78,9 +79,9 @@ class Inflater:
         """
         if data:
             self._waiting = memoryview(data)
-        stop = None if most is None else self._size + most
-        while stop is None or self._size < stop:
-            if most is not None and self._part.eof and (self._part.unused_data or self._waiting):
+        stop = self.size + most
+        while self.size < stop:
+            if not parts and self._part.eof and (self._part.unused_data or self._waiting):
                 return False
             taken = self._part.unused_data if self._part.eof else b""
             if not taken and (self._part.eof or self._part.needs_input):
@@ -98,8 +99,8 @@ class Inflater:
             found = self._part.decompress(taken, _GIVEN)
         except (zlib.error, zstd.ZstdError) as error:
             raise MalformedBody("The body is not compressed as it says, or with a window above 8 MB.") from error
-        self._size += len(found)
-        if self._size > self._limit:
+        self.size += len(found)
+        if self.size > self._limit:
             raise BodyTooLarge.beyond(self._limit)
         if self._parts > _PARTS:
             raise MalformedBody(f"The compressed body has more than {_PARTS} parts.")

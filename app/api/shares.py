@@ -1,0 +1,288 @@
+"""What each client may have of what all share: room for quotes on their way in, bodies that arrive, readers, answers.
+
+A principal is who is asked to leave something to others: the address of a client, of IPv6 the network of 64 bits that
+one subscriber has.
+
+Invariant: one principal alone gets most of what there is, and however many take what they can get, some is left for the
+next. Whoever stops sending is cut off soon, whoever sends slowly is not.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+from types import TracebackType
+from typing import Final, Self
+
+from app.errors import BodyTimeout, Overloaded, QuotesError, ServiceStopping
+from app.settings import Settings
+from app.writer import Writer
+
+#: Bodies that may be arriving at once.
+UPLOADS: Final = 1000
+#: Characters of an address; what a proxy says may be longer.
+_LONGEST: Final = 64
+#: Seconds between two looks at the bodies that are arriving.
+_EVERY: Final = 0.25
+
+
+def principal(client: tuple[str, int] | None) -> str:
+    """Whose share a connection from this address and port takes."""
+    return _principal(client[0][:_LONGEST]) if client else ""
+
+
+@lru_cache(maxsize=4096)
+def _principal(host: str) -> str:
+    try:
+        address = ip_address(host)
+    except ValueError:  # a proxy's name for it
+        return host
+    if address.version == 4:  # noqa: PLR2004
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(IPv6Address(int(address) >> 64 << 64))
+
+
+class Pool:
+    """Something of which there is only so much; a principal may take `parts` times what is left by all.
+
+    With 1 part, one principal alone gets half, and two a third each; with 3 one gets three quarters, and two three
+    sevenths each.
+    """
+
+    __slots__ = ("_of", "limit", "parts", "used")
+
+    def __init__(self, limit: int, parts: int = 1) -> None:
+        self.limit = limit
+        self.parts = parts
+        self.used = 0
+        self._of: dict[str, int] = {}
+
+    def take(self, who: str, amount: int, alone: int = 0) -> bool:
+        """Take more of it; False if there is not that much for this principal.
+
+        Who has nothing but the `alone` of the same request is never refused: whether there is any is not for shares
+        to say.
+        """
+        mine = self._of.get(who, 0)
+        if mine > alone and mine + amount > self.parts * (self.limit - self.used):
+            return False
+        self.used += amount
+        self._of[who] = mine + amount
+        return True
+
+    def count(self, who: str, amount: int) -> None:
+        """Take more, or below 0 give back, without being asked."""
+        self.used += amount
+        left = self._of.get(who, 0) + amount
+        if left:
+            self._of[who] = left
+        else:
+            self._of.pop(who, None)
+
+    def leaves(self, who: str, *, half: bool = False) -> bool:
+        """Whether a principal has no more than its share, or than half of it."""
+        return self._of.get(who, 0) * (1 + half) <= self.parts * (self.limit - self.used)
+
+
+class Turns:
+    """A few places, taken in turn by principals: who waits with much waits behind whoever waits with little."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    @asynccontextmanager
+    async def turn(self, who: str) -> AsyncIterator[None]:
+        """A place for as long as the block takes."""
+        if self._free:
+            self._free -= 1
+        else:
+            place = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(who, deque()).append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                if place.done() and not place.cancelled():
+                    self._leave()
+                raise
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Give the place to the principal that has waited longest for one, and put it behind the others."""
+        while self._waiting:
+            who = next(iter(self._waiting))
+            places = self._waiting.pop(who)
+            while places:
+                place = places.popleft()
+                if not place.done():  # as of one that waits no more
+                    if places:
+                        self._waiting[who] = places
+                    place.set_result(None)
+                    return
+        self._free += 1
+
+
+class Shares:
+    """The pools of a service, and the bodies that are arriving."""
+
+    def __init__(self, settings: Settings, writer: Writer, readers: int) -> None:
+        self.writer = writer
+        # Half of the bytes: a body becomes several times as much while it is read.
+        self.bytes = Pool(settings.writer_queue_bytes)
+        self.rows = Pool(settings.writer_queue_rows, parts=3)
+        self.uploads = Pool(UPLOADS, parts=3)
+        self.readers = Turns(readers)
+        self.arriving: set[Claim] = set()
+        self._idle = settings.body_timeout.total_seconds()
+        self._rate = settings.body_rate
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def claim(self, client: tuple[str, int] | None) -> "Claim":
+        """What one request of this client takes; a context manager, which gives back what is left at its end."""
+        return Claim(self, principal(client))
+
+    def watch(self) -> None:
+        """Look at the bodies that are arriving, for as long as there are any."""
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(_EVERY, self._look)
+
+    def _look(self) -> None:
+        self._sweep = None
+        now = asyncio.get_running_loop().time()
+        for claim in list(self.arriving):
+            if now >= self.writer.bodies_until:
+                claim.cut(ServiceStopping("The service stops before this body has arrived."))
+            elif not claim.busy and now - claim.last > self._idle:
+                claim.cut(BodyTimeout(f"Nothing of the body has arrived for {self._idle:g} seconds."))
+            elif not claim.busy and claim.size < self._rate * (now - claim.began - self._idle):
+                claim.cut(BodyTimeout(f"The body arrives at less than {self._rate} bytes a second."))
+        if self.arriving:
+            self.watch()
+
+    def overloaded(self, what: str) -> Overloaded:
+        """The refusal of a client that has too much of something in hand already."""
+        return Overloaded(
+            f"This client has too many {what} in hand; wait for their answers.", retry_after=self.writer.retry_after()
+        )
+
+
+class Claim:
+    """What one request has taken: the bytes of its body, then the rows and bytes of its batch."""
+
+    __slots__ = ("_body", "_nbytes", "_rows", "_shares", "_task", "_verdict", "began", "busy", "last", "size", "who")
+
+    def __init__(self, shares: Shares, who: str) -> None:
+        self._shares = shares
+        self.who = who
+        self._body = 0
+        self._nbytes = 0
+        self._rows = 0
+        self._task: asyncio.Task[object] | None = None
+        self._verdict: QuotesError | None = None
+        #: On the loop's clock: when the body began to arrive, and its last bytes came.
+        self.began = self.last = 0.0
+        #: Bytes that have arrived.
+        self.size = 0
+        #: Whether the service is at work on the body, so that nobody waits for the client.
+        self.busy = False
+
+    def expect(self) -> None:
+        """From now on the body arrives, and this task is cancelled when it does not.
+
+        Raises:
+            Overloaded: too many bodies of this client are arriving.
+        """
+        shares = self._shares
+        if not shares.uploads.take(self.who, 1):
+            raise shares.overloaded("bodies")
+        self._task = asyncio.current_task()
+        self.began = self.last = asyncio.get_running_loop().time()
+        shares.arriving.add(self)
+        shares.watch()
+
+    def arrived(self) -> None:
+        """The body has come, or nobody waits for it any more."""
+        if self._task is not None:
+            self._task = None
+            self._shares.arriving.discard(self)
+            self._shares.uploads.count(self.who, -1)
+
+    def came(self, nbytes: int) -> None:
+        """Note that bytes have arrived."""
+        self.size += nbytes
+        self.last = asyncio.get_running_loop().time()
+
+    def worked(self) -> None:
+        """Note that the service is done with what has arrived: the client has its time from now on."""
+        now = asyncio.get_running_loop().time()
+        self.began += now - self.last
+        self.last = now
+        self.busy = False
+
+    def cut(self, verdict: QuotesError) -> None:
+        """Wait for this body no longer."""
+        self._verdict = verdict
+        self._shares.arriving.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+
+    def explain(self) -> None:
+        """Raise what the task was cancelled for, if it was for the body.
+
+        Raises:
+            BodyTimeout: the body stopped, or came too slowly.
+            ServiceStopping: the service stops and cannot wait for it.
+        """
+        if self._verdict is not None:
+            if task := asyncio.current_task():
+                task.uncancel()
+            raise self._verdict from None
+
+    def grow(self, nbytes: int) -> None:
+        """Take room for more bytes of the body.
+
+        Raises:
+            Overloaded: there is none, or too much of it is this client's.
+        """
+        shares = self._shares
+        shares.writer.take(nbytes, alone=self._body)
+        self._body += nbytes
+        if not shares.bytes.take(self.who, nbytes, self._body - nbytes):
+            shares.bytes.count(self.who, nbytes)  # given back at the end
+            raise shares.overloaded("bytes")
+
+    def become(self, rows: int, nbytes: int) -> None:
+        """Take room for a batch, which is there in place of the body.
+
+        Raises:
+            Overloaded: too many rows or bytes are this client's.
+        """
+        shares = self._shares
+        shares.writer.give_back(self._body)
+        shares.bytes.count(self.who, -self._body)
+        self._body = 0
+        if not shares.bytes.take(self.who, nbytes):
+            raise shares.overloaded("bytes")
+        self._nbytes = nbytes
+        if not shares.rows.take(self.who, rows):
+            raise shares.overloaded("quotes")
+        self._rows = rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shares = self._shares
+        if self._body:
+            shares.writer.give_back(self._body)
+        shares.bytes.count(self.who, -self._body - self._nbytes)
+        shares.rows.count(self.who, -self._rows)

@@ -6,6 +6,7 @@ Invariant: nothing else in the project reads the environment, and reading settin
 import os
 import re
 from datetime import timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -245,7 +246,7 @@ class Settings(BaseSettings):
     )
     trusted_proxies: str = Field(
         default="127.0.0.1,::1",
-        description="Addresses and networks of proxies whose `X-Forwarded-For` names the client; `*` trusts all.",
+        description="Addresses and networks of proxies whose `X-Forwarded-For` is believed; `none`, or `*` for all.",
     )
 
     idempotency_expiry: Duration = Field(
@@ -288,6 +289,16 @@ class Settings(BaseSettings):
             return None
         if fault := url_fault(value.get_secret_value()):
             raise ValueError(fault)
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        try:
+            for part in () if value in {"*", "none"} else value.split(","):
+                ip_network(part.strip())
+        except ValueError as error:
+            raise ValueError("must be addresses and networks such as 10.0.0.0/8, separated by commas") from error
         return value
 
     @field_validator("otlp_endpoint")

@@ -1,17 +1,29 @@
 """What each client may have: shares of what all share, turns, and bodies that do not come."""
 
 import asyncio
+import gzip
+import sys
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from fastapi import Request
+from pydantic import ValidationError
 
 from app.api import shares
+from app.api.deps import read_body
 from app.api.shares import Claim, Pool, Shares, Turns, principal
 from app.errors import BodyTimeout, Overloaded, QuotesError, ServiceStopping
 from app.settings import Settings
 from app.writer import Writer
 from tests.test_writer import Gate, settle
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+SETTINGS = Settings(_env_file=None)
 
 
 def make(**values: Any) -> Shares:
@@ -219,3 +231,46 @@ async def test_bodies_of_one_client_that_do_not_come_leave_room_for_another() ->
     for claim in claims:
         claim.arrived()
     assert held.uploads.used == 0
+
+
+@pytest.mark.parametrize(("name", "window"), [("gzip", 2**16), ("zstd", 2**23)])
+async def test_a_compressed_body_counts_as_what_it_becomes(name: str, window: int) -> None:
+    """One that stops before its end too; of one that came in one piece the window is not counted."""
+    held = make(writer_queue_bytes=50_000_000)
+    body = gzip.compress(bytes(10_000_000)) if name == "gzip" else zstd.compress(bytes(10_000_000))
+    stalled, waits = asyncio.Event(), asyncio.Event()
+
+    def request(*, whole: bool) -> Request:
+        async def receive() -> dict[str, Any]:
+            if stalled.is_set() and not whole:
+                waits.set()
+                await asyncio.sleep(30)
+            stalled.set()
+            return {"type": "http.request", "body": body, "more_body": not whole}
+
+        return Request({"type": "http", "headers": [(b"content-encoding", name.encode())]}, receive)
+
+    with held.claim(("a", 1)) as claim:
+        reading = asyncio.create_task(read_body(request(whole=False), SETTINGS, claim))
+        await waits.wait()
+        assert held.bytes.used == held.writer._bytes == 10_000_000 + window
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    assert held.bytes.used == held.writer._bytes == 0
+    with held.claim(("a", 1)) as claim:
+        assert len(await read_body(request(whole=True), SETTINGS, claim)) == 10_000_000
+        assert held.bytes.used == 10_000_000
+        with held.claim(("b", 1)) as other, pytest.raises(Overloaded):
+            other.grow(45_000_000)
+
+
+@pytest.mark.parametrize("value", ["none", "*", "10.0.0.0/8, 192.168.1.7", "::1"])
+def test_proxies_that_are_trusted(value: str) -> None:
+    assert Settings(_env_file=None, trusted_proxies=value).trusted_proxies == value
+
+
+@pytest.mark.parametrize("value", ["proxy", "10.0.0.1/8", "10.0.0.0/8,", "*,10.0.0.1"])
+def test_proxies_that_are_no_addresses(value: str) -> None:
+    with pytest.raises(ValidationError, match="addresses and networks"):
+        Settings(_env_file=None, trusted_proxies=value)

@@ -118,6 +118,7 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
         raise BodyTooLarge.beyond(limit)
     chunks: list[bytes] = []
     more = True
+    windowed = False
     claim.expect()
     try:
         while more:
@@ -133,6 +134,9 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
                 claim.grow(len(chunk))
                 chunks.append(chunk)
             elif chunk:
+                if more and not windowed:
+                    claim.grow(inflater.window)
+                    windowed = True
                 await _inflate(inflater, chunk, claim)
     except asyncio.CancelledError:
         claim.explain()

@@ -52,13 +52,20 @@ def _frame() -> zstd.ZstdDecompressor:
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG})
 
 
-_ENCODINGS: Final[Mapping[str, Callable[[], _Part]]] = {"gzip": _Member, "x-gzip": _Member, "zstd": _frame}
+#: How each encoding begins, and the bytes that it may hold beside what it has given.
+_ENCODINGS: Final[Mapping[str, tuple[Callable[[], _Part], int]]] = {
+    "gzip": (_Member, 64 * 1024),
+    "x-gzip": (_Member, 64 * 1024),
+    "zstd": (_frame, 2**_WINDOW_LOG),
+}
 
 
 class Inflater:
     """Decompresses one body as it arrives: members of gzip or frames of zstd, one after another."""
 
-    def __init__(self, begin: Callable[[], _Part], limit: int) -> None:
+    def __init__(self, begin: Callable[[], _Part], window: int, limit: int) -> None:
+        #: Bytes that it may hold beside what has come out.
+        self.window = window
         self._begin = begin
         self._part = begin()
         self._parts = 1
@@ -129,4 +136,4 @@ def inflater(content_encoding: str | None, limit: int) -> Inflater | None:
         return None
     if encoding not in _ENCODINGS:
         raise UnsupportedEncoding("A body is encoded once, as gzip or zstd, or not at all.", accepted="gzip, zstd")
-    return Inflater(_ENCODINGS[encoding], limit)
+    return Inflater(*_ENCODINGS[encoding], limit)

@@ -318,6 +318,26 @@ def test_a_number_is_kept_or_refused_as_the_rules_say(text: str, noun: str) -> N
     assert stored.as_tuple().exponent == -12
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("value", "price", "timestamp"),
+    [
+        (1 << 20_000_000, "number-too-long", "timestamp-unit"),
+        (-(1 << 20_000_000), "number-too-long", "timestamp-unit"),
+        (Decimal("3" * 5_000_000), "price-out-of-range", "timestamp-unit"),
+        (Decimal("1732113000." + "1" * 5_000_000), None, "timestamp-invalid"),
+        (Decimal("1e-999999999999999999"), "price-too-fine", "timestamp-unit"),
+        (Decimal("1e999999999999999999"), "price-out-of-range", "timestamp-unit"),
+    ],
+    ids=["whole", "below zero", "digits", "fraction", "fine", "large"],
+)
+def test_no_number_of_python_takes_long(value: Any, price: str | None, timestamp: str) -> None:
+    for name, code in (("price", price), ("timestamp", timestamp)):
+        given_row = {"symbol": "A", "timestamp": "2026-11-20T10:00:00Z", "price": 1, name: value}
+        batch = Batch.from_rows([given_row], Terms(Limits.at(NOW), "skip", precision="s"))
+        assert [r.code for r in batch.rejected] == ([code] if code else [])
+
+
 def test_no_context_of_decimals_changes_a_number() -> None:
     with localcontext(prec=3):
         stored, _ = rules.exact("1234567890123456.1234567890125", "price")

@@ -70,6 +70,8 @@ _TOO_LONG: Final = Rule("number-too-long", f"A number has at most {NUMBER_LENGTH
 
 #: Prices and sizes are below this.
 LIMIT: Final = Decimal(10) ** (PRECISION - SCALE)
+#: The same as a whole number, as one of a million digits takes minutes to become a decimal.
+_WHOLE_LIMIT: Final = 10 ** (PRECISION - SCALE)
 TICK: Final = Decimal(1).scaleb(-SCALE)
 #: Rounding may change a value by a millionth of it at most.
 ROUNDING: Final = 10**6
@@ -83,6 +85,7 @@ _PLAIN_NUMBER: Final = re.compile(r"-?[0-9]{1,16}(\.[0-9]{1,12})?([eE][+-]?[0-9]
 _EXACT: Final = decimal.Context(prec=PRECISION, traps=[decimal.Inexact, decimal.InvalidOperation])
 _WIDE: Final = decimal.Context(prec=2 * NUMBER_LENGTH, rounding=ROUND_HALF_UP)
 _LEAST: Final = -1000
+_LONE: Final = re.compile("[\ud800-\udfff]")
 _LETTERS: Final = r"[A-Z0-9.\-=^/:_&@+$#!]+"
 _SYMBOL: Final = re.compile(rf"{_LETTERS}(?: {_LETTERS})*")
 _ZERO: Final = pa.scalar(Decimal(0), DECIMAL)
@@ -124,7 +127,7 @@ def text(value: object) -> str:
     """
     if not isinstance(value, str) or isinstance(value, Numeral):
         raise Refused("wrong-type", "The field is a string.")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not value.isascii() and _LONE.search(value):
         raise Refused(*_NOT_UNICODE)
     return value
 
@@ -164,23 +167,24 @@ def instant(value: object, precision: Precision | None) -> int:
 def _count(value: object, far: Rule) -> int | Decimal:
     """The number of a timestamp that is one; `far` refuses what is far more than any unit counts."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, float):
-        value = repr(value) if math.isfinite(value) else None
-    if isinstance(value, str):
-        if len(value) > NUMBER_LENGTH:
-            raise Refused(*(far if value.isascii() and value.lstrip("+-").isdigit() else _NO_TIME))
-        match = _NUMBER.fullmatch(value)
-        if match is None:
-            raise Refused(*_NO_TIME)
-        if len(match[2] or "") > _EXPONENT_DIGITS:
+        if not -LAST_COUNTED <= value <= LAST_COUNTED:
             raise Refused(*far)
-        value = Decimal(value)
-    if not isinstance(value, Decimal) or not value.is_finite():
+        return value
+    if isinstance(value, (float, Decimal)):
+        value = str(float(value) if isinstance(value, float) else value)
+    if not isinstance(value, str):
         raise Refused(*_NO_TIME)
-    if value and not _LEAST < value.adjusted() < NUMBER_LENGTH:
+    if len(value) > NUMBER_LENGTH:
+        raise Refused(*(far if value.isascii() and value.lstrip("+-").isdigit() else _NO_TIME))
+    match = _NUMBER.fullmatch(value)
+    if match is None:
+        raise Refused(*_NO_TIME)
+    if len(match[2] or "") > _EXPONENT_DIGITS:
         raise Refused(*far)
-    return value
+    count = Decimal(value)
+    if count and not _LEAST < count.adjusted() < NUMBER_LENGTH:
+        raise Refused(*far)
+    return count
 
 
 def number(value: object, noun: str) -> Decimal:
@@ -192,7 +196,7 @@ def number(value: object, noun: str) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
         raise Refused("wrong-type", f"A {noun} is a number.")
     if isinstance(value, int):
-        if abs(value) >= LIMIT:
+        if abs(value) >= _WHOLE_LIMIT:
             raise Refused(*(_TOO_LONG if _is_long(value) else _too_large(noun)))
         return Decimal(value)
     if isinstance(value, str):
@@ -233,7 +237,10 @@ def plain(value: Any) -> Decimal | None:
     kind = type(value)
     if kind is float:
         value = repr(value)
-    elif kind is not int and kind is not Decimal and not (kind is str and _PLAIN_NUMBER.fullmatch(value)):
+    elif kind is int:
+        if not -_WHOLE_LIMIT < value < _WHOLE_LIMIT:
+            return None
+    elif kind is not Decimal and not (kind is str and _PLAIN_NUMBER.fullmatch(value)):
         return None
     try:
         found = _EXACT.quantize(Decimal(value), TICK)

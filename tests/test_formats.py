@@ -171,13 +171,41 @@ def test_a_bad_line_of_csv_is_named(line: str, pointer: str, code: str) -> None:
         (b"\xff\xfes\n", "UTF-8"),
         (b"x" * 5000, "unknown"),
         (f'symbol,timestamp,price\nA,{WHEN},"1\nB,{WHEN},1\n'.encode(), "Not CSV"),
-        (f"symbol,timestamp,source\nA,{WHEN},{'x' * 200_000}\n".encode(), "Not CSV"),
+        (f'symbol,timestamp,source\nA,{WHEN},y\nA,{WHEN},"{"x" * 200_000}\n'.encode(), "row 1, column source"),
+        (f'symbol,timestamp,source\nA,"{"x" * 200_000}"y,\n'.encode(), "row 0, column timestamp"),
+        (f'symbol,timestamp\nA,{WHEN},,"{"x" * 200_000}\n'.encode(), "row 0, column 4"),
+        (b'symbol,timestamp\nA,"' + b"x\n" * 200_000, "more than 131072 characters in row 0, column timestamp"),
     ],
 )
 def test_what_is_no_csv_of_quotes(body: bytes, words: str) -> None:
     with pytest.raises(MalformedBody) as caught:
         csv.decode(body, TERMS)
     assert words in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "code"),
+    [
+        ("symbol", "x" * 200_000, "symbol-invalid"),
+        ("symbol", '"' + "x" * 200_000 + '"', "symbol-invalid"),
+        ("source", '"' + '"",' * 100_000 + '"', "text-invalid"),
+        ("source", "é" * 200_000, "text-invalid"),
+        ("timestamp", "x" * 200_000, "timestamp-invalid"),
+        ("timestamp", "2" * 200_000, "timestamp-invalid"),
+        ("price", "1" * 200_000, "number-too-long"),
+        ("volume", "0." + "1" * 200_000, "number-too-long"),
+    ],
+)
+@pytest.mark.parametrize("others", ["", '"A"x,,,,\n'])
+def test_a_long_cell_refuses_its_row(name: str, cell: str, code: str, others: str) -> None:
+    """Whether the fast reader takes the body or a row that is no CSV leaves it to the slow one."""
+    cells = {"symbol": "A", "timestamp": WHEN, "price": "1", "volume": "1", "source": "y"}
+    good, bad = (",".join(row.values()) for row in (cells, cells | {name: cell}))
+    body = f"{','.join(cells)}\n{good}\n{bad}\n{good.replace('A', 'B')}\n{others}"
+    batch = csv.decode(body.encode(), Terms(Limits.at(NOW), "skip"))
+    refused = [("/1/" + name, code)] + ([("/3", "row-misquoted")] if others else [])
+    assert [(r.pointer, r.code) for r in batch.rejected] == refused
+    assert (batch.received, len(batch)) == (3 + bool(others), 2)
 
 
 @pytest.mark.parametrize("rows", [11, 12, 30])

@@ -1,5 +1,6 @@
 """The fast ways into a batch mean the same as the thorough one, and take no row that it refuses."""
 
+import json as standard_json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from app.clock import UNITS, nanoseconds, rfc3339_nano
-from app.errors import BodyTooLarge, InvalidQuotes, Rejection
+from app.errors import BodyTooLarge, InvalidQuotes, MalformedBody, Rejection
 from app.formats import json, ndjson
 from app.quote import columns, rows
 from app.quote.batch import Batch, ends, joined, order
@@ -60,6 +61,11 @@ def few(length: int) -> Iterator[None]:
         yield
 
 
+def any_values(_: int) -> bool:
+    """What is known of a text that nobody has looked at."""
+    return True
+
+
 def typed_rows(body: bytes) -> list[Any]:
     return msgspec.json.Decoder(list[Row], float_hook=str).decode(body)  # type: ignore[valid-type]
 
@@ -82,7 +88,7 @@ def test_the_fast_ways_give_what_the_thorough_one_gives(
             typed = typed_rows(in_json(given_rows))
         except (msgspec.DecodeError, UnicodeDecodeError):
             return
-        assert outcome(lambda: Batch.of(typed, terms)) in (thorough, None)
+        assert outcome(lambda: Batch.of(typed, terms, any_values)) in (thorough, None)
 
 
 values = st.one_of(
@@ -147,7 +153,7 @@ def test_the_usual_goes_the_fast_way() -> None:
                 for length in (0, rows.FEW):
                     with few(length):
                         terms = Terms(LIMITS, on_conflict=on_conflict, ties=ties, precision="ns")
-                        batch = Batch.of(typed_rows(in_json(case)), terms)
+                        batch = Batch.of(typed_rows(in_json(case)), terms, any_values)
                     assert batch is not None
                     assert (batch.received, batch.zeros) == (4, 4)
 
@@ -611,6 +617,56 @@ def test_a_fault_is_shown_where_the_client_put_it(row: dict[str, Any], pointer: 
     assert [(r.pointer, r.code) for r in caught.value.rejections] == [(pointer, code)]
 
 
+GOOD = {"symbol": "A", "timestamp": WHEN, "price": "1", "source": "a, b: c"}
+
+
+@given(st.data(), st.sampled_from([1, 3, rows.FEW + 3]), st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
+@settings(max_examples=200)
+def test_a_field_with_two_values_refuses_its_row(
+    data: st.DataObject, length: int, separators: tuple[str, str], wrapped: bool
+) -> None:
+    """Of two prices nobody knows which one is meant, whatever is odd in other quotes; null is no value."""
+    others = st.dictionaries(
+        st.sampled_from(["bid", "ask", "volume", "source"]), st.sampled_from([None, "1.5", 1.5, "null", ", ", '":', 3])
+    )
+    given_rows = [{**GOOD, **data.draw(others)} if i < 3 else GOOD for i in range(length)]
+    texts = [standard_json.dumps(row, separators=separators) for row in given_rows]
+    place = data.draw(st.integers(0, length - 1))
+    member = data.draw(st.sampled_from([*given_rows[place].items(), ("symbol", "B"), ("price", None), ("source", "x")]))
+    again = standard_json.dumps(dict([member]), separators=separators)
+    before, after = f"{again[:-1]}{separators[0]}{texts[place][1:]}", f"{texts[place][:-1]}{separators[0]}{again[1:]}"
+    for twice, lost in ((before, member[1]), (after, given_rows[place].get(member[0]))):
+        sent = [*texts[:place], twice, *texts[place + 1 :]]
+        array = "[" + separators[0].join(sent) + "]"
+        body, pointer = (f'{{"quotes"{separators[1]}{array}}}', "/quotes") if wrapped else (array, "")
+        for batch, within in (
+            (json.decode(body.encode(), Terms(LIMITS, "skip")), pointer),
+            (ndjson.decode("\n".join(sent).encode(), Terms(LIMITS, "skip")), ""),
+        ):
+            refused = {r.index: (r.pointer, r.code) for r in batch.rejected if r.code == "field-twice"}
+            assert refused == ({} if lost is None else {place: (f"{within}/{place}/{member[0]}", "field-twice")})
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"quotes":[],"quotes":[]}', b'{"quotes":[{"symbol":"A","timestamp":0}],"quotes":[]}']
+)
+def test_quotes_come_once(body: bytes) -> None:
+    with pytest.raises(MalformedBody):
+        json.decode(body, TERMS)
+
+
+def test_what_looks_like_a_member_goes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batch, "from_rows", None)
+    for length in (1, rows.FEW + 1):
+        given_rows = [{**GOOD, "timestamp": rfc3339_nano(START + i), "bid": None} for i in range(length)]
+        for separators in ((",", ":"), (", ", ": ")):
+            texts = [standard_json.dumps(row, separators=separators) for row in given_rows]
+            body = f"[{', '.join(texts)}]"
+            assert len(json.decode(body.encode(), TERMS)) == length
+            assert len(json.decode(f'{{"quotes": {body}}}'.encode(), TERMS)) == length
+            assert len(ndjson.decode("\n".join(texts).encode(), TERMS)) == length
+
+
 @pytest.mark.parametrize("part", [b"{},", b"[],", b"1,", b'"",', b'{"symbol":"A","timestamp":"x"},'])
 @pytest.mark.parametrize("decode", [json.decode, ndjson.decode])
 def test_a_body_of_too_many_values_is_refused_before_it_is_read(part: bytes, decode: Any) -> None:
@@ -631,7 +687,7 @@ def test_the_longest_batch_is_not_too_many_values() -> None:
 
 
 def test_no_rows_are_an_empty_batch() -> None:
-    for batch in (Batch.of([], TERMS), Batch.from_rows([], TERMS), Batch.from_table(table()[:0], TERMS)):
+    for batch in (Batch.of([], TERMS, any_values), Batch.from_rows([], TERMS), Batch.from_table(table()[:0], TERMS)):
         assert batch is not None
         assert (batch.received, len(batch), batch.columns.num_rows, list(batch.ends())) == (0, 0, 0, [])
     assert joined([]).num_rows == 0

@@ -213,9 +213,9 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
     with wired.shares.claim(request.scope.get("client")) as claim:
         body = await read_body(request, wired.settings, claim)
         arrived = time.time()
-        large = len(body) > codec.inline_bytes
         key = None
         if name is not None and not query.dry_run:
+            large = len(body) > codec.inline_bytes
             digest = (
                 await wired.read(claim, fingerprint, request, query, body)
                 if large
@@ -227,7 +227,9 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
             query.prices or wired.settings.prices,
         )  # fmt: skip
         try:
-            batch = await wired.read(claim, codec.decode, body, terms) if large else codec.decode(body, terms)
+            batch = codec.at_once(body, terms)
+            if batch is None:
+                batch = await wired.read(claim, codec.decode, body, terms)
         except QuotesError:
             # What was taken the first time may be refused by now: quotes grow too old, limits change.
             if key is not None and (receipt := await wired.quotes.replay(key)) is not None:

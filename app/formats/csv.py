@@ -5,7 +5,8 @@ A row with more or fewer cells than the header is refused like any other bad row
 
 import csv
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
 from app.errors import BodyTooLarge, MalformedBody
+from app.formats.texts import count
 from app.quote.batch import Batch
 from app.quote.rows import Misshapen
 from app.quote.tables import fields_of
@@ -24,8 +26,12 @@ _HEADER_BYTES: Final = 4096
 _WELL_QUOTED: Final = r'\A(?:(?:[^",\r\n]*|"(?:[^"]|"")*")(?:[,\r\n]|\z))*\z'
 #: How the standard library's reader says that something follows a closing quote.
 _STRAY_QUOTE: Final = "',' expected after"
-#: The longest cell of the standard library's reader.
+#: How it says that a cell is longer than `_CELL`.
+_LONG_CELL: Final = "field larger than"
 _CELL: Final = 131_072
+#: What is kept of one, longer than anything that a field can be.
+_KEPT: Final = 2000
+_QUOTED_OR_PLAIN: Final = re.compile(r'"((?:[^"]++|"")*+)"|([^",\r\n]*+)')
 
 
 def decode(body: bytes, terms: Terms) -> Batch:
@@ -35,20 +41,38 @@ def decode(body: bytes, terms: Terms) -> Batch:
         MalformedBody: the header is no header of quotes, or the text is no CSV.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    batch = quick(body, terms)
+    if batch is None:
+        names, _, start = _columns(body)
+        batch = Batch.from_rows(_rows(body, start, names, terms.limits.max_rows), terms)
+    return batch
+
+
+def quick(body: bytes, terms: Terms) -> Batch | None:
+    """The batch of a CSV body in which everything is as it should be; None if something might not.
+
+    Raises:
+        MalformedBody, InvalidQuotes, InvalidRequest, BodyTooLarge: as `decode`.
+    """
+    names, fields, start = _columns(body)
+    lines = count(body, b"\n")
+    if returns := count(body, b"\r"):
+        lines += returns - body.count(b"\r\n")
+    if lines > 2 * terms.limits.max_rows + 2:  # even if every other one is empty
+        raise BodyTooLarge(f"{lines} lines in one body; at most {terms.limits.max_rows} quotes are taken.")
+    if lines > terms.limits.max_rows or start >= len(body):
+        return None
+    table = _table(body, start, names, fields)
+    return None if table is None else Batch.from_table(table, terms, given=fields)
+
+
+def _columns(body: bytes) -> tuple[list[str], dict[str, str], int]:
+    """The names of the columns, those by the field that each holds, and where the first row begins."""
     start = len(_BOM) if body.startswith(_BOM) else 0
     end = body.find(b"\n", start, start + _HEADER_BYTES)
     first = body[start : end if end >= 0 else start + _HEADER_BYTES]
     names = _header(first)
-    fields = fields_of([name for place, name in enumerate(names) if place or name])
-    start += len(first) + 1
-    lines = body.count(b"\n", start) + body.count(b"\r", start) - body.count(b"\r\n", start)
-    if lines > 2 * terms.limits.max_rows + 1:  # even if every other one is empty
-        raise BodyTooLarge(f"{lines} lines in one body; at most {terms.limits.max_rows} quotes are taken.")
-    if lines < terms.limits.max_rows and start < len(body):
-        table = _table(body, start, names, fields)
-        if table is not None and (batch := Batch.from_table(table, terms, given=fields)) is not None:
-            return batch
-    return Batch.from_rows(_rows(body, start, names, terms.limits.max_rows), terms)
+    return names, fields_of([name for place, name in enumerate(names) if place or name]), start + len(first) + 1
 
 
 def _header(line: bytes) -> list[str]:
@@ -79,10 +103,7 @@ def _table(body: bytes, start: int, names: list[str], fields: Mapping[str, str])
         )
     except pa.ArrowException:
         return None
-    table = table.select(list(fields.values())).rename_columns(list(fields))
-    if any((pc.max(pc.binary_length(column)).as_py() or 0) > _CELL for column in table.columns):
-        return None
-    return table
+    return table.select(list(fields.values())).rename_columns(list(fields))
 
 
 def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
@@ -92,18 +113,23 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
     rows: list[Any] = []
     # What is no UTF-8 becomes lone surrogates, by which its row is refused and no other.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    reader = csv.reader(text, strict=True)
+    lines = _Lines(text)
+    reader = csv.reader(lines, strict=True)
     while True:
         line = reader.line_num
+        lines.record.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if str(error).startswith(_LONG_CELL):
+                cells = _shortened("".join(lines.record), len(rows), names)
             # A quote that is closed on another line than it opens on may have taken rows between them.
-            if not str(error).startswith(_STRAY_QUOTE) or reader.line_num != line + 1:
+            elif not str(error).startswith(_STRAY_QUOTE) or reader.line_num != line + 1:
                 raise MalformedBody(f"Not CSV: {error} in row {len(rows)} or after.") from error
-            # The reader is at the end of that line, so the rows after it are told apart.
-            rows.append(Misshapen("row-misquoted", "A quote within a quoted cell is doubled."))
-            continue
+            else:
+                # The reader is at the end of that line, so the rows after it are told apart.
+                rows.append(Misshapen("row-misquoted", "A quote within a quoted cell is doubled."))
+                continue
         if cells is None:
             return rows
         if not cells:
@@ -115,3 +141,39 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
             rows.append(Misshapen("row-ragged", detail))
         else:
             rows.append({name: cell or None for name, cell in zip(names, cells, strict=True) if name})
+
+
+class _Lines:
+    """The lines of a text, and those of them that the row has so far."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self.record: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._text:
+            self.record.append(line)
+            yield line
+
+
+def _shortened(record: str, row: int, names: list[str]) -> list[str]:
+    """The cells of a row that has one too long for the reader, as much of each as a field refuses.
+
+    Raises:
+        MalformedBody: nobody knows where the row ends, because a quote is not closed on its line.
+    """
+    cells: list[str] = []
+    place = 0
+    while match := _QUOTED_OR_PLAIN.match(record, place):
+        quoted, plain = match.groups()
+        cells.append(plain[:_KEPT] if quoted is None else quoted[:_KEPT].replace('""', '"'))
+        place = match.end()
+        if record[place : place + 1] != ",":
+            break
+        place += 1
+    if record[place:].strip("\r\n"):
+        column = names[len(cells) - 1] if len(cells) <= len(names) else len(cells)
+        raise MalformedBody(
+            f"Not CSV: a cell of more than {_CELL} characters in row {row}, column {column}; is its quote closed?"
+        )
+    return cells

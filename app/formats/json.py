@@ -9,9 +9,10 @@ from typing import Any, Final
 import msgspec
 
 from app.errors import BodyTooLarge, MalformedBody
+from app.formats.texts import count, has_values
 from app.quote.batch import Batch
 from app.quote.fields import NAMES
-from app.quote.rows import Row
+from app.quote.rows import Misshapen, Row
 from app.quote.rules import NUMBER_LENGTH, Numeral
 from app.quote.terms import Terms
 
@@ -35,31 +36,53 @@ def check_parts(body: bytes, terms: Terms) -> None:
     if len(body) <= len('{"symbol":"","timestamp":""},') * most:
         return
     # Some times more than there can be, because these characters may also stand in texts.
-    if body.count(b"{") + body.count(b"[") > 4 * most + 2 or body.count(b",") > 2 * len(NAMES) * most:
+    if count(body, b"{") + count(body, b"[") > 4 * most + 2 or count(body, b",") > 2 * len(NAMES) * most:
         raise BodyTooLarge(f"More values than {most} quotes have; that is the most in one batch.")
 
 
 def parse(text: bytes) -> Any:
     """Python values of a JSON text, numbers with a fraction as the texts they are written in.
 
-    The fast parser refuses `NaN`, `Infinity`, lone surrogates and thousands of digits by byte position; the standard
-    library reads them, so that the rules can refuse them by row and field instead.
+    An object with two values of one name becomes `Misshapen`. The fast parser does not see that, and it refuses `NaN`,
+    `Infinity`, lone surrogates and thousands of digits by byte position; the standard library reads them, so that the
+    rules can refuse them by row and field instead.
 
     Raises:
         MalformedBody: it is no JSON.
     """
     try:
-        return _ANY.decode(text)
+        document = _ANY.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         pass  # say where, or find that only a literal is to blame
+    else:
+        if text.count(b'":') == _members(document):
+            return document
     try:
-        return json.loads(text, parse_float=Numeral, parse_constant=Numeral, parse_int=_whole)
+        return json.loads(
+            text, object_pairs_hook=_object, parse_float=Numeral, parse_constant=Numeral, parse_int=_whole
+        )
     except json.JSONDecodeError as error:
         raise MalformedBody(f"Not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
     except UnicodeDecodeError as error:
         raise MalformedBody(f"Not JSON: not UTF-8 at byte {error.start}.") from error
     except RecursionError as error:
         raise MalformedBody("Not JSON that this service reads: nested too deeply.") from error
+
+
+def _members(document: Any) -> int:
+    """How many members objects have where they should be: in a quote, in an array of quotes, or around that."""
+    if isinstance(document, dict):
+        return len(document) + sum(_members(value) for value in document.values() if isinstance(value, list))
+    return sum(len(row) for row in document if isinstance(row, dict)) if isinstance(document, list) else 0
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any] | Misshapen:
+    found: dict[str, Any] = {}
+    for name, value in members:
+        if found.get(name) is not None:
+            return Misshapen("field-twice", "The field has two values.", name)
+        found[name] = value
+    return found
 
 
 def _whole(written: str) -> int | Numeral:
@@ -74,18 +97,29 @@ def decode(body: bytes, terms: Terms) -> Batch:
         MalformedBody: no JSON, or neither of the two shapes.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    batch = quick(body, terms)
+    return _thorough(body, terms) if batch is None else batch
+
+
+def quick(body: bytes, terms: Terms) -> Batch | None:
+    """The batch of a JSON body in which everything is as it should be; None if something might not.
+
+    Raises:
+        InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
+    """
     check_parts(body, terms)
     try:
         typed = _TYPED.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        pass  # look closely
-    else:
-        rows, pointer = (typed, "") if isinstance(typed, list) else (typed.quotes, "/quotes")
-        if (batch := Batch.of(rows, terms, pointer=pointer)) is not None:
-            return batch
+        return None
+    rows, pointer = (typed, "") if isinstance(typed, list) else (typed.quotes, "/quotes")
+    return Batch.of(rows, terms, has_values(body, commas=1, colons=len(pointer) > 0), pointer=pointer)
+
+
+def _thorough(body: bytes, terms: Terms) -> Batch:
     document = parse(body)
-    if isinstance(document, dict):
-        if document.keys() != {"quotes"}:
+    if isinstance(document, (dict, Misshapen)):
+        if isinstance(document, Misshapen) or document.keys() != {"quotes"}:
             raise MalformedBody('The object has one member, "quotes".', pointer="/")
         given, pointer = document["quotes"], "/quotes"
     else:

@@ -10,6 +10,7 @@ import msgspec
 
 from app.errors import BodyTooLarge, MalformedBody
 from app.formats import json
+from app.formats.texts import count, has_values
 from app.quote.batch import Batch
 from app.quote.rows import Row
 from app.quote.terms import Terms
@@ -23,25 +24,37 @@ def decode(body: bytes, terms: Terms) -> Batch:
     Raises:
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
+    batch = quick(body, terms)
+    if batch is None:
+        # look closely, line by line
+        batch = Batch.from_rows([_line(line) for line in BytesIO(body) if line.strip()], terms)
+    return batch
+
+
+def quick(body: bytes, terms: Terms) -> Batch | None:
+    """The batch of an NDJSON body in which everything is as it should be; None if something might not.
+
+    Raises:
+        InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
+    """
     json.check_parts(body, terms)
-    if body.count(b"\n") > 2 * terms.limits.max_rows + 1:  # even if every other line is empty
+    lines = count(body, b"\n")
+    if lines > 2 * terms.limits.max_rows + 1:  # even if every other line is empty
         raise BodyTooLarge(f"More lines than {terms.limits.max_rows} quotes have; that is the most in one batch.")
     try:
         rows = _TYPED.decode_lines(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        pass  # look closely, line by line
-    else:
-        if _is_one_a_line(body, len(rows)) and (batch := Batch.of(rows, terms)) is not None:
-            return batch
-    return Batch.from_rows([_line(line) for line in BytesIO(body) if line.strip()], terms)
+        return None
+    if not _is_one_a_line(body, lines - body.endswith(b"\n"), len(rows)):
+        return None
+    return Batch.of(rows, terms, has_values(body, commas=len(rows), colons=0))
 
 
-def _is_one_a_line(body: bytes, count: int) -> bool:
+def _is_one_a_line(body: bytes, ends: int, count: int) -> bool:
     """Whether so many objects are a line each, as the fast parser takes them wherever they break or meet.
 
     Between `}` and `{` nothing but the end of an object can be, so that no object has a line end of these within.
     """
-    ends = body.count(b"\n") - body.endswith(b"\n")
     return ends == count - 1 and any(ends == body.count(met) for met in (b"}\n{", b"}\r\n{"))
 
 

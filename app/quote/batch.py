@@ -5,7 +5,7 @@ was refused is listed beside them. Of the ways in, `from_rows` says what is wron
 know no faults: where anything is unusual they give None, and what they do take means the same to all three.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from typing import Any, Final, Self
@@ -177,8 +177,12 @@ class Batch:
         return cls._checked(rows.Reader(given, checks).build(), len(given), checks)
 
     @classmethod
-    def of(cls, given: Sequence[Any], terms: Terms, *, pointer: str = "") -> Self | None:
+    def of(
+        cls, given: Sequence[Any], terms: Terms, has_values: Callable[[int], bool], *, pointer: str = ""
+    ) -> Self | None:
         """A batch of `Row`s; None if anything about them is unusual.
+
+        `has_values` says whether so many values that are not null are all that was sent.
 
         Raises:
             InvalidQuotes, InvalidRequest, BodyTooLarge: as `from_rows`.
@@ -186,11 +190,13 @@ class Batch:
         check_size(len(given), terms)
         if len(given) <= rows.FEW:
             try:
-                return cls._few(given, terms, pointer)
+                return cls._few(given, terms, has_values, pointer)
             except Unusual:
                 return None
         table = columns.of_lists(rows.by_field(given))
-        return None if table is None else cls.from_table(table, terms, pointer=pointer)
+        if table is None or not has_values(sum(len(column) - column.null_count for column in table.columns)):
+            return None
+        return cls.from_table(table, terms, pointer=pointer)
 
     @classmethod
     def from_table(
@@ -224,8 +230,10 @@ class Batch:
         )  # fmt: skip
 
     @classmethod
-    def _few(cls, given: Sequence[Any], terms: Terms, pointer: str) -> Self:
+    def _few(cls, given: Sequence[Any], terms: Terms, has_values: Callable[[int], bool], pointer: str) -> Self:
         found = rows.few(given, terms)
+        if not has_values(found.values):
+            raise Unusual
         records = sorted(found.records, key=rows.key)
         superseded = numbered = 0
         if any(rows.key(one) == rows.key(next_) for one, next_ in pairwise(records)):

@@ -76,18 +76,20 @@ _ZERO: Final = Decimal(0)
 
 
 class Misshapen(NamedTuple):
-    """A row that its format could not make fields of, with the code and the sentence that refuse it."""
+    """A row that its format could not make fields of, with the code and the sentence that refuse it, and the field."""
 
     code: str
     detail: str
+    field: str = ""
 
 
 class Few(NamedTuple):
-    """Rows that keep every rule, in the order of the request."""
+    """Rows that keep every rule, in the order of the request; how many of their values were not null."""
 
     records: list[Record]
     zeros: int
     crossed: int
+    values: int
 
 
 def in_columns(records: Sequence[Record]) -> pa.RecordBatch:
@@ -111,7 +113,7 @@ def few(rows: Iterable[Any], terms: Terms) -> Few:
     """
     oldest, newest = terms.limits.oldest, terms.limits.newest
     records = []
-    zeros = crossed = 0
+    zeros = crossed = values_read = 0
     try:
         for position, row in enumerate(rows):
             symbol, instant, *values = _values(row)
@@ -120,22 +122,25 @@ def few(rows: Iterable[Any], terms: Terms) -> Few:
             if moment < oldest or moment > newest or symbol is None:
                 raise Unusual
             record = [symbol, moment, nanos, *values, position]
-            zeros += _read_numbers(record, signed=terms.prices == "signed")
+            count, none = _read_numbers(record, signed=terms.prices == "signed")
+            zeros += none
             for at in _TEXTS_AT:
-                value = record[at]
-                if value is not None and (len(value) > TEXT_LENGTH or not value.isascii() or "\0" in value):
-                    raise Unusual
+                if (value := record[at]) is not None:
+                    count += 1
+                    if len(value) > TEXT_LENGTH or not value.isascii() or "\0" in value:
+                        raise Unusual
+            values_read += count + len(REQUIRED)
             bid, ask = record[_BID], record[_ASK]
             crossed += bid is not None and ask is not None and bid > ask
             records.append(tuple(record))
     except (ArithmeticError, ValueError) as error:
         raise Unusual from error
-    return Few(records, zeros, crossed)
+    return Few(records, zeros, crossed, values_read)
 
 
-def _read_numbers(record: list[Any], *, signed: bool) -> int:
-    """Put decimals in the place of numbers and texts of them; how many prices were 0 for an absent side."""
-    sides = zeros = 0
+def _read_numbers(record: list[Any], *, signed: bool) -> tuple[int, int]:
+    """Put decimals in the place of numbers and texts of them; how many, and how many prices were 0 for no side."""
+    sides = zeros = sizes = 0
     for at in _PRICES_AT:
         if (value := record[at]) is not None:
             price = _number(value)
@@ -154,7 +159,8 @@ def _read_numbers(record: list[Any], *, signed: bool) -> int:
             size = record[at] = _number(value)
             if size < _ZERO:
                 raise Unusual
-    return zeros
+            sizes += 1
+    return sides + zeros + sizes, zeros
 
 
 def _moment(value: Any, terms: Terms) -> tuple[datetime, int]:
@@ -249,16 +255,16 @@ class Reader:
         self._rows = list(self._rows)
         for i, row in enumerate(self._rows):
             if isinstance(row, Misshapen):
-                self._checks.refuse(i, "", Rule(*row))
+                self._checks.refuse(i, row.field, Rule(row.code, row.detail))
                 continue
             if not isinstance(row, Mapping):
                 self._checks.refuse(i, "", rules.NO_OBJECT)
                 continue
             named = [name for name in row if not is_added(name)]
             given = {ALIASES.get(name, name): name for name in named}
-            if unknown := sorted(str(name) for name in given.keys() - _KNOWN):
+            if (unknown := min((str(name) for name in given.keys() - _KNOWN), default=None)) is not None:
                 rule = Rule("unknown-field", f"A quote has only the fields {', '.join(NAMES)}.")
-                self._checks.refuse(i, unknown[0], rule)
+                self._checks.refuse(i, unknown, rule)
             elif len(given) < len(named):
                 twice = sorted(name for name in named if ALIASES.get(name) in named)
                 twice = twice or sorted(name for name in named if given[ALIASES.get(name, name)] != name)

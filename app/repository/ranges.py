@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
+from functools import lru_cache
 from operator import index
 from types import MappingProxyType
 from typing import Any, Final, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, available_timezones
 
 from app.clock import Instant, ceil, floor, nanoseconds, parse, rfc3339
 from app.db.engine import Connection
@@ -263,16 +264,27 @@ def normal_symbols(symbols: str | Iterable[str]) -> list[str]:
     return [normal_symbol(symbol) for symbol in ([given] if isinstance(given, str) else given)]
 
 
+#: What a machine's directory of zones has besides: what is local there, and copies of zones with other seconds.
+_NO_ZONES: Final = frozenset({"localtime", "posixrules", "Factory"})
+
+
+@lru_cache(maxsize=1)
+def _zones() -> frozenset[str]:
+    """The zones of the tz database, by their names as it writes them."""
+    return frozenset(name for name in available_timezones() - _NO_ZONES if not name.startswith(("right/", "posix/")))
+
+
 def zone(name: str) -> ZoneInfo:
     """A time zone by its IANA name.
 
     Raises:
         InvalidRequest: there is none of that name.
     """
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError, TypeError) as error:
-        raise InvalidRequest("A time zone is an IANA name, as in America/New_York.", parameter="tz") from error
+    given: Any = name  # whatever a caller's own callers gave
+    # Never a path, of which ZoneInfo would open whatever file it leads to.
+    if not isinstance(given, str) or given not in _zones():
+        raise InvalidRequest("A time zone is an IANA name, as in America/New_York.", parameter="tz")
+    return ZoneInfo(given)
 
 
 def day_bounds(day: date, tz: str) -> tuple[datetime, datetime]:

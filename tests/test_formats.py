@@ -208,6 +208,38 @@ def test_a_long_cell_refuses_its_row(name: str, cell: str, code: str, others: st
     assert (batch.received, len(batch)) == (3 + bool(others), 2)
 
 
+def _texts(given_rows: list[str]) -> dict[str, bytes]:
+    """Rows of a symbol, a timestamp and a price, in each format that is text."""
+    cells = [row.split(",") for row in given_rows]
+    lines = [f'{{"symbol":"{s}","timestamp":"{t}","price":"{p}"}}' for s, t, p in cells]
+    return {
+        "json": f"[{','.join(lines)}]".encode(),
+        "ndjson": "\n".join(lines).encode(),
+        "csv": "\n".join(["symbol,timestamp,price", *given_rows]).encode(),
+    }
+
+
+@pytest.mark.parametrize("name", ["json", "ndjson", "csv"])
+def test_only_what_is_known_to_be_quick_is_read_at_once(name: str) -> None:
+    codec, terms = formats.FORMATS[name], Terms(Limits.at(NOW), "skip")
+    good, bad = f"A,{WHEN},1.5", f"A,{WHEN},x"
+    for given_rows, at_once in (
+        ([good], True),
+        ([bad], True),
+        ([good] * 1000, True),
+        ([good, bad] * 50, True),
+        ([good] * 1000 + [bad], False),
+        (["1,2,3"] * 1000, False),
+        ([f"A,{WHEN},{'1' * 40_000}"], False),
+        ([good] * 12_000, False),
+    ):
+        body = _texts(given_rows)[name]
+        batch = codec.at_once(body, terms)
+        assert (batch is not None) == at_once, (given_rows[-1][:40], len(given_rows))
+        if batch is not None:
+            assert batch.receipt(inserted=0) == codec.decode(body, terms).receipt(inserted=0)
+
+
 @pytest.mark.parametrize("rows", [11, 12, 30])
 def test_csv_of_too_many_rows(rows: int) -> None:
     body = b"symbol,timestamp,price\n" + f"A,{WHEN},1\n".encode() * rows

@@ -213,6 +213,12 @@ def test_skip_keeps_the_good_rows_and_accounts_for_all() -> None:
     assert batch.received == len(batch) + batch.superseded + len(batch.rejected) == 5
 
 
+def test_refused_rows_take_room_too() -> None:
+    batch = Batch.from_rows([{}] * 1000, replace(TERMS, on_error="skip"))
+    assert (len(batch), len(batch.rejected)) == (0, 1000)
+    assert batch.nbytes > 100_000
+
+
 def test_values_are_kept_exactly() -> None:
     price = "1234567890123456.123456789012"
     row = taken(symbol="btc-usd", price=price, volume=10**16 - 1, bid_size="5.1e-9", source="é")

@@ -32,6 +32,7 @@ from app.errors import (
 )
 from app.quote.batch import Batch
 from app.quote.terms import OnConflict, Receipt, Terms
+from app.repository import ingest
 from app.repository.bars import Bar, BarPrice, BarSpec, Fill
 from app.repository.ingest import Write
 from app.repository.maintenance import MaintenanceRepository
@@ -208,6 +209,21 @@ async def test_a_flush_of_many_requests_gives_each_its_own_receipt(quotes: Quote
     receipts = [(r.inserted, r.updated, r.unchanged) for r in results if isinstance(r, Receipt)]
     assert receipts == [(1, 1, 0), (0, 0, 2), (1, 0, 0)]
     assert {(at - N0) // 10**9 for _, at in await stored(quotes, symbol)} == {0, 1, 10, 12}
+
+
+async def test_latest_of_many_symbols_is_written_part_by_part(
+    quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "_HELD_AT_ONCE", 2)
+    monkeypatch.setattr(ingest, "_FEW", 4)
+    names = [f"{symbol}{i}" for i in range(5)]
+    await quotes.bulk_insert([quote(name, T0 + timedelta(minutes=minute)) for name in names for minute in range(2)])
+    for name in names:
+        newest = await quotes.get_latest_quote(name)
+        assert newest is not None
+        assert newest.timestamp == T0 + timedelta(minutes=1)
+    spans = {span.symbol: span for span in await quotes.get_symbols()}
+    assert all(spans[name].first == T0 for name in names)
 
 
 async def test_latest_follows_late_corrected_and_ignored_quotes(quotes: QuoteRepository, symbol: str) -> None:

@@ -26,6 +26,8 @@ from app.quote.terms import Receipt, Terms
 _COUNTED: Final = ("numbered", "rounded", "zeros", "crossed")
 #: What a row takes in memory while it is a tuple.
 _RECORD_BYTES: Final = 1300
+#: What a refused row takes until it is answered.
+_REJECTION_BYTES: Final = 200
 _DAY: Final = 86_400 * 10**6
 _INT64: Final = 2**63
 
@@ -83,8 +85,9 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the rows."""
-        return int(self._columns.nbytes) if self._records is None else _RECORD_BYTES * len(self._records)
+        """Bytes held by the rows, and by what is said of those that were refused."""
+        rows = int(self._columns.nbytes) if self._records is None else _RECORD_BYTES * len(self._records)
+        return rows + _REJECTION_BYTES * len(self.rejected)
 
     @property
     def columns(self) -> pa.RecordBatch:

@@ -15,6 +15,7 @@
     │   └── UnsupportedEncoding 415
     ├── NotAcceptable           406
     ├── Overloaded              503  the write queue is full
+    ├── ReaderUnavailable       503  no process reads the body, or it was ended from outside
     ├── DatabaseUnavailable     503  cannot reach or use the database
     │   ├── OutcomeUnknown      503  nobody knows whether a commit has happened
     │   ├── CommitsWaiting      503  too many commits wait for a standby already
@@ -209,6 +210,15 @@ class Overloaded(QuotesError):
     def __init__(self, detail: str, *, retry_after: float = 1.0) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class ReaderUnavailable(QuotesError):
+    """The body could not be read, for no fault of its own; nothing of the request was stored."""
+
+    status = 503
+    code = "reader-unavailable"
+    title = "The body could not be read"
+    retry_after = 1.0
 
 
 class DatabaseUnavailable(QuotesError):

@@ -30,6 +30,7 @@ from app.db.engine import Database
 from app.db.migrate import head, migrate
 from app.db.replicas import database_of
 from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QuotesError
+from app.formats.apart import Apart
 from app.health import Health
 from app.logs import Logger
 from app.monitor import Monitor
@@ -42,7 +43,7 @@ from app.writer import Writer
 
 log = Logger(__name__)
 
-#: Threads that read large bodies. They share an interpreter, so that more would not read faster.
+#: Threads that read large bodies, and those of foreign formats in a process apart each.
 _READERS: Final = 2
 #: Seconds between SIGTERM and the end of listening, in which clients that keep a connection are told to leave it.
 _NOTICE: Final = 1.0
@@ -133,7 +134,10 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
-    return Services(settings, repository, writer, health, monitor, readers, Shares(settings, writer, _READERS))
+    # Left first, or the threads would wait for it.
+    apart = stack.enter_context(Apart(settings.max_body_bytes, settings.max_batch_rows))
+    shares = Shares(settings, writer, _READERS)
+    return Services(settings, repository, writer, health, monitor, readers, shares, apart)
 
 
 async def _reach(database: Database, url: str, settings: Settings, writer: Writer) -> None:

@@ -71,6 +71,13 @@ INGEST_LAG_SECONDS: Final = Histogram(
 INGEST_LATE: Final = Counter(
     "quotes_ingest_late_rows_total", "Stored rows that were more than an hour old when they arrived."
 )
+READERS: Final = Gauge("quotes_readers", "Processes that read bodies.", multiprocess_mode="livesum")
+READER_CPU: Final = Counter("quotes_reader_cpu_seconds_total", "Time of the processor that readers took for bodies.")
+READER_ENDS: Final = Counter(
+    "quotes_reader_ends_total",
+    "Readers that ended over a body: `crash`, `time` if it took too long, `killed` from outside.",
+    ["reason"],
+)
 WRITER_QUEUE_ROWS: Final = Gauge(
     "quotes_writer_queue_rows", "Quotes waiting to be written or being written.", multiprocess_mode="livesum"
 )
@@ -248,6 +255,8 @@ for _role in _ROLES:
     READS.labels(_role)
     POOL_IN_USE.labels(_role)
     POOL_WAIT_SECONDS.labels(_role)
+for _reason in ("crash", "time", "killed"):
+    READER_ENDS.labels(_reason)
 for _class in ("connection", "pool"):
     DB_ERRORS.labels(_class)
 

@@ -118,7 +118,12 @@ def test_workers_count_together_and_no_counter_goes_back_when_one_dies(
         (directory,) = shared_dir.glob("opa-quotes-metrics-*")
         files = sorted(file.name for file in directory.iterdir())
         assert len(seen) == 4, "both had been replaced"
-        assert {re.sub(r".*(worker\d+).*", r"\1", name) for name in files} == {"worker0", "worker1", "leader.lock", "started"}
+        assert {re.sub(r".*(worker\d+).*", r"\1", name) for name in files} == {
+            "worker0",
+            "worker1",
+            "leader.lock",
+            "started",
+        }
         assert len(files) == 2 * 6 + 2, files
         # Each worker there was at first is dead, and so is the one that looked at the store.
         rows = [{"symbol": symbol, "timestamp": "2026-11-21T00:00:00Z", "price": 1}]

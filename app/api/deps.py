@@ -33,11 +33,13 @@ from app.errors import (
     Overloaded,
     QuotesError,
 )
-from app.formats import encoding
+from app.formats import Format, encoding
+from app.formats.apart import Apart
 from app.health import Health
 from app.monitor import Monitor
+from app.quote.batch import Batch
 from app.quote.rules import normal_symbol
-from app.quote.terms import Consistency
+from app.quote.terms import Consistency, Terms
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
 from app.settings import Settings
@@ -65,12 +67,18 @@ class Services:
     #: Few, because what a body becomes while it is read takes several times its size.
     readers: ThreadPoolExecutor
     shares: Shares
+    apart: Apart
 
     async def read(self, claim: Claim, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
         """What a function makes of a body that is too large to be read on the event loop; clients take turns."""
         loop = asyncio.get_running_loop()
         async with self.shares.readers.turn(claim.who):
             return await loop.run_in_executor(self.readers, partial(decode, *arguments, **options))
+
+    async def decode(self, claim: Claim, codec: Format, body: bytes, terms: Terms) -> Batch:
+        """The batch of a body, which a process apart reads where that may take long, or where it is binary."""
+        batch = codec.at_once(body, terms)
+        return await self.read(claim, self.apart.decode, codec.name, body, terms) if batch is None else batch
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool

@@ -227,9 +227,7 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
             query.prices or wired.settings.prices,
         )  # fmt: skip
         try:
-            batch = codec.at_once(body, terms)
-            if batch is None:
-                batch = await wired.read(claim, codec.decode, body, terms)
+            batch = await wired.decode(claim, codec, body, terms)
         except QuotesError:
             # What was taken the first time may be refused by now: quotes grow too old, limits change.
             if key is not None and (receipt := await wired.quotes.replay(key)) is not None:

@@ -57,13 +57,13 @@ def fields_of_schema(schema: pa.Schema) -> dict[str, str]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column is text, in whatever layout."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    """Whether a column is text, of whatever length."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_taken(field: str, kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if is_text(kind) or pa.types.is_null(kind):
         return True
     of_time = BY_NAME[field].kind == "instant"
@@ -131,15 +131,19 @@ def _looked_at(chunk: pa.Array) -> int:
 
 def _looked_up(chunk: pa.DictionaryArray) -> int:
     """Bytes of the text of all rows."""
+    if not is_text(chunk.type.value_type):
+        return 0  # as many as the indices themselves have, within the limit of rows
     return pc.sum(pc.binary_length(chunk.dictionary.cast(pa.string())).take(chunk.indices)).as_py() or 0
 
 
 def _written_out(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of text in the plain layout, in which no two rows share one."""
-    if pa.types.is_dictionary(column.type):
-        texts = [chunk.dictionary.cast(pa.string()).take(chunk.indices) for chunk in column.chunks]
-        return pa.chunked_array(texts, pa.string())
-    return column.cast(pa.string()) if pa.types.is_string_view(column.type) else column
+    """A column in the plain layout, in which no two rows share a value."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        written = pa.string() if is_text(kind.value_type) else kind.value_type
+        chunks = [chunk.dictionary.cast(written).take(chunk.indices) for chunk in column.chunks]
+        return pa.chunked_array(chunks, written)
+    return column.cast(pa.string()) if pa.types.is_string_view(kind) else column
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

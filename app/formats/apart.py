@@ -51,10 +51,13 @@ _PATIENCE: Final = 30.0
 _BYTES_PER_BYTE: Final = 2
 _BYTES_PER_ROW: Final = 4096
 _PROGRAM: Final = "from app.formats.nursery import main; main()"
-#: What the nursery sees of the environment. Arrow's own allocators take a gigabyte of addresses at once, and keep what
-#: is freed; and threads would not be there after a fork.
+#: What the nursery sees of the environment. Arrow's own allocator takes a gigabyte of addresses at once, which would
+#: count; that of the system gives each large piece back at once, and to get it again costs 5 % of the time to read a
+#: body. And threads would not be there after a fork.
 _ENVIRONMENT: Final = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

@@ -277,6 +277,7 @@ def test_a_reader_that_is_killed_at_work_is_not_its_bodys_fault(shared: Apart, w
 def test_a_reader_that_was_stopped_is_given_up(shared: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pid_of(shared)
     monkeypatch.setattr(apart, "_SHARE", 4)
+    monkeypatch.setattr(apart, "_PATIENCE", 0.5)
     os.kill(first, signal.SIGSTOP)
     with pytest.raises(ReaderUnavailable, match="was stopped"):
         shared.decode("arrow", in_arrow(good(3)), HURRIED)
@@ -424,6 +425,19 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "parquet", in_parquet(long, use_dictionary=False, column_encoding={"source": "DELTA_BYTE_ARRAY"})
     yield "arrow", in_arrow(long, compression="zstd")
     yield "arrow", in_arrow(long.set_column(3, "source", long["source"].dictionary_encode()))
+
+
+def test_what_a_body_becomes_in_foreign_code_is_bounded_apart() -> None:
+    """By what a body may become, where what is then made of it in Python may take many times that."""
+    body = in_arrow(good(1).set_column(3, "source", pa.array(["x" * 2**28])), compression="zstd")
+    with Apart(2**30, 0) as readers:
+        first = readers._reader()
+        readers._idle.append(first)
+        for _ in range(3):
+            with pytest.raises(BodyTooLarge, match="also when decompressed"):
+                readers.decode("arrow", body, Terms(Limits.at(NOW, max_bytes=2**24)))
+        assert readers._idle == [first]  # or it would have grown
+        assert readers.decode("arrow", in_arrow(good(3)), TERMS).received == 3
 
 
 def test_what_would_become_large_is_refused(shared: Apart) -> None:

@@ -44,7 +44,7 @@ _SECONDS_PER_ROW: Final = 100e-6
 _SECONDS: Final = 2.0
 #: Under load a reader has this part of a processor at least; one that seems to have less stands still.
 _SHARE: Final = 1 / 3
-#: Seconds that the nursery may take to start, or to answer: it imports for 0.5 s.
+#: Seconds that a reader may take at least, and the nursery to start, for which it imports for 0.5 s, and to answer.
 _PATIENCE: Final = 30.0
 #: Bytes of memory for each byte, and for each row, that a body may have. What has to be looked at closely takes 3.4 kB
 #: a row besides the body itself, all else a third of that.
@@ -230,7 +230,8 @@ class Apart:
         seconds = max(_SECONDS, _SECONDS_PER_ROW * terms.limits.max_rows)
         reader = self._reader()
         try:
-            answer = reader.ask(Task(name, pickle.PickleBuffer(body), terms, seconds), seconds / _SHARE)
+            within = max(seconds / _SHARE, _PATIENCE)
+            answer = reader.ask(Task(name, pickle.PickleBuffer(body), terms, seconds), within)
         except Exception as error:
             raise self._refusal(reader, name, seconds, error) from error
         metrics.READER_CPU.inc(max(answer.cpu_seconds - reader.cpu_seconds, 0))

@@ -12,6 +12,7 @@ from typing import Final
 import pyarrow as pa
 
 from app.errors import BodyTooLarge, MalformedBody
+from app.formats.memory import for_a_body_of
 from app.quote import tables
 from app.quote.batch import Batch, check_size
 from app.quote.terms import Terms
@@ -29,10 +30,9 @@ def decode(body: bytes, terms: Terms) -> Batch:
     Raises:
         MalformedBody: no such stream, or one of other columns.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
-        MemoryError: it becomes too large.
     """
     try:
-        with pa.BufferReader(body) as source:
+        with for_a_body_of(terms.limits.max_bytes), pa.BufferReader(body) as source:
             if body.startswith(_FILE):
                 with pa.ipc.open_file(source, options=_READING) as file:
                     table = _table(file.schema, map(file.get_batch, range(file.num_record_batches)), terms)
@@ -41,9 +41,7 @@ def decode(body: bytes, terms: Terms) -> Batch:
                     table = _table(stream.schema, stream, terms)
                 if source.tell() != len(body):
                     raise MalformedBody("There are bytes after the end of the Arrow IPC stream.")
-        tables.validate(table, terms.limits.max_bytes)
-    except MemoryError:
-        raise
+            tables.validate(table, terms.limits.max_bytes)
     except pa.ArrowNotImplementedError as error:
         raise MalformedBody("The Arrow IPC stream or file uses a feature that is not read here.") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

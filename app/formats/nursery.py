@@ -21,13 +21,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BufferedReader, BytesIO
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from app.errors import BodyTooLarge, QuotesError, Rejection
 from app.formats import FORMATS
+from app.formats.memory import confine
 from app.quote.batch import Batch
 from app.quote.terms import Terms
 
@@ -187,16 +187,6 @@ def _most_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _confine(memory: int) -> None:
-    """Let this process take so much more memory, and be the first to go where a machine or a container has none."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    with suppress(OSError):  # only Linux has this file, and counts all that a process may write to
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        limit = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
 # --- the nursery ---
 
 
@@ -220,7 +210,7 @@ def main() -> None:
                 if not reader:
                     try:
                         control.close()
-                        _confine(memory)
+                        confine(memory)
                         serve(socket.socket(fileno=connections[0]), memory)
                     finally:
                         os._exit(1)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.errors import BodyTooLarge, MalformedBody
+from app.formats.memory import for_a_body_of
 from app.quote import tables
 from app.quote.batch import Batch, check_size
 from app.quote.terms import Terms
@@ -19,16 +20,15 @@ def decode(body: bytes, terms: Terms) -> Batch:
     Raises:
         MalformedBody: no such file, or one of other columns.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
-        MemoryError: it becomes too large.
     """
     try:
-        with pq.ParquetFile(pa.BufferReader(body), pre_buffer=False) as file:
+        with for_a_body_of(terms.limits.max_bytes), pq.ParquetFile(pa.BufferReader(body), pre_buffer=False) as file:
             fields = tables.fields_of_schema(file.schema_arrow)
             _check_sizes(file.metadata, terms)
             table = file.read(list(fields.values()), use_threads=False)
-        tables.validate(table, terms.limits.max_bytes)
-    except MemoryError:
-        raise
+            if table.get_total_buffer_size() > terms.limits.max_bytes:
+                raise BodyTooLarge.beyond(terms.limits.max_bytes)
+            tables.validate(table, terms.limits.max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, pa.ArrowNotImplementedError) or "Not yet implemented" in str(error):
             raise MalformedBody("The Parquet file uses a feature that is not read here.") from error

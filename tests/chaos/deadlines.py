@@ -23,7 +23,7 @@ from tests.chaos.victims import QUIET, Postgres, Service, ended, thaw
 
 Fault = Literal["frozen", "locked", "unconfirmed"]
 FAULTS: Final[tuple[Fault, ...]] = ("frozen", "locked", "unconfirmed")
-_TOKEN: Final = "chaos-deadlines"  # noqa: S105  of a service that lives for a test
+TOKEN: Final = "chaos-deadlines"  # noqa: S105  of a service that lives for a test
 #: Seconds, small so that faults may be short.
 POOL, STATEMENT, WRITE, COMMIT = 1.0, 1.0, 2.0, 1.0
 ENVIRONMENT: Final = {
@@ -31,13 +31,13 @@ ENVIRONMENT: Final = {
     "QUOTES_STATEMENT_TIMEOUT": f"{STATEMENT} s",
     "QUOTES_WRITE_TIMEOUT": f"{WRITE} s",
     "QUOTES_COMMIT_TIMEOUT": f"{COMMIT} s",
-    "QUOTES_ADMIN_TOKEN": _TOKEN,
+    "QUOTES_ADMIN_TOKEN": TOKEN,
 }
 #: A write waits for its transaction half as long as that may take, and then for its commit.
-_WRITING: Final = 1.5 * WRITE + COMMIT
-_READING: Final = POOL + STATEMENT
+WRITING: Final = 1.5 * WRITE + COMMIT
+READING: Final = POOL + STATEMENT
 #: For this machine, of which the database and the clients have a part too.
-_SLACK: Final = 1.0
+SLACK: Final = 1.0
 _WRITERS: Final = 6
 
 
@@ -51,15 +51,16 @@ class Question:
     method: str = "GET"
 
 
-def _questions(symbol: str) -> list[Question]:
+def questions(symbol: str) -> list[Question]:
+    """Every kind of read, and what supervisors ask."""
     today = datetime.now(UTC).date().isoformat()
     return [
-        Question("range", f"/v1/quotes?symbols={symbol}&start={today}", _READING),
-        Question("latest", f"/v1/quotes/latest?symbols={symbol}", _READING),
-        Question("count", f"/v1/quotes/count?symbols={symbol}", _READING),
-        Question("bars", f"/v1/ohlc?symbols={symbol}&interval=1h&start={today}", _READING),
-        Question("symbols", "/v1/symbols?limit=1", _READING),
-        Question("delete", "/v1/quotes?symbol=NOBODY&start=2020-01-01&end=2020-01-02", _WRITING, "DELETE"),
+        Question("range", f"/v1/quotes?symbols={symbol}&start={today}", READING),
+        Question("latest", f"/v1/quotes/latest?symbols={symbol}", READING),
+        Question("count", f"/v1/quotes/count?symbols={symbol}", READING),
+        Question("bars", f"/v1/ohlc?symbols={symbol}&interval=1h&start={today}", READING),
+        Question("symbols", "/v1/symbols?limit=1", READING),
+        Question("delete", "/v1/quotes?symbol=NOBODY&start=2020-01-01&end=2020-01-02", WRITING, "DELETE"),
         Question("health", "/health", 4.0),
         Question("ready", "/health/ready", 4.0),
         Question("live", "/health/live", 0.0),
@@ -103,14 +104,14 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
         await asyncio.to_thread(service.wait_ready)
         writers = [*fleet(ledger, [service.url], _WRITERS, rows=(1, 50), patience=0.3, pace=0.02)]
         client = httpx.AsyncClient(
-            base_url=service.url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {_TOKEN}"}
+            base_url=service.url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {TOKEN}"}
         )
         async with client as http, Writers(writers):
             await asyncio.sleep(1)
             ledger.seconds.clear()
             asking = [
-                asyncio.create_task(_ask(http, question, slowest, report, stop))
-                for question in _questions(writers[0].symbol)
+                asyncio.create_task(ask(http, question, slowest, report, stop))
+                for question in questions(writers[0].symbol)
             ]
             async with _fault(fault, postgres):
                 await asyncio.sleep(seconds)
@@ -122,11 +123,11 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
     report.broken += verdict.broken
     slowest["write"] = max(ledger.seconds)
     report.require(
-        slowest["write"] <= _WRITING + _SLACK, f"a write took {slowest['write']:.1f} s, {_WRITING:g} s are promised"
+        slowest["write"] <= WRITING + SLACK, f"a write took {slowest['write']:.1f} s, {WRITING:g} s are promised"
     )
     report.require(recovery is not None and recovery < 5, f"writes came back after {recovery or 30:.1f} s")
     report.figures = {
-        "promised s": f"write {_WRITING:g}, read {_READING:g}, health 4, live and metrics at once",
+        "promised s": f"write {WRITING:g}, read {READING:g}, health 4, live and metrics at once",
         "slowest answer s": {name: round(took, 2) for name, took in sorted(slowest.items())},
         "writes back after s": None if recovery is None else round(recovery, 2),
         "rows": verdict.rows,
@@ -137,7 +138,7 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
     return report
 
 
-async def _ask(
+async def ask(
     http: httpx.AsyncClient, question: Question, slowest: dict[str, float], report: Report, stop: asyncio.Event
 ) -> None:
     """Ask again and again, and note the slowest answer and the first that breaks the contract."""
@@ -151,7 +152,7 @@ async def _ask(
             wrong = f"{question.name}: {type(error).__name__}"
         took = time.monotonic() - began
         slowest[question.name] = max(took, slowest.get(question.name, 0))
-        if took > question.deadline + _SLACK:
+        if took > question.deadline + SLACK:
             wrong = f"{question.name} took {took:.1f} s, {question.deadline:g} s are promised"
         if wrong and not said:
             report.broken.append(wrong)

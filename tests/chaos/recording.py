@@ -45,7 +45,7 @@ def _unavailable(kind: type[QuotesError]) -> Iterator[str]:
 #: What a 503 may say.
 UNAVAILABLE: Final = frozenset(_unavailable(QuotesError))
 #: Of these, what does not pass by waiting.
-_LASTING: Final = frozenset({DatabaseRefused.code, DatabaseDamaged.code})
+LASTING: Final = frozenset({DatabaseRefused.code, DatabaseDamaged.code})
 
 
 def random_symbol(prefix: str = "C") -> str:
@@ -222,7 +222,7 @@ class Writer:
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or code not in UNAVAILABLE:
             ledger.complain(f"{answer.status_code} {code}: {answer.text[:300]}")
             return False
-        if "retry-after" not in answer.headers and code not in _LASTING:
+        if "retry-after" not in answer.headers and code not in LASTING:
             ledger.complain(f"503 {code} without Retry-After")
         if code != UNKNOWN:
             request.state = before

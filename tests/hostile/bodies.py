@@ -187,7 +187,7 @@ def _encoded(label: str, kind: str, body: bytes, encodings: Sequence[str], **opt
         yield post(f"{label}, {kind}, {encoding}", encode(body), kind, encoding=encoding, **options)
 
 
-def _part(exchanges: Sequence[Exchange], choice: random.Random, scale: float, least: int = 300) -> list[Exchange]:
+def some_of(exchanges: Sequence[Exchange], choice: random.Random, scale: float, least: int = 200) -> list[Exchange]:
     """All of them at full size, else some, in an order by chance."""
     return choice.sample(exchanges, min(len(exchanges), max(least, round(scale * len(exchanges)))))
 
@@ -201,7 +201,7 @@ def forms(choice: random.Random, scale: float) -> list[Exchange]:
         for kind, body in _text_bodies(field, json_form, cell)
         for exchange in _encoded(f"{field}={form}", kind, body, [*ENCODINGS], query=skipping.get(kind, ""))
     ]
-    return _part(found, choice, scale)
+    return some_of(found, choice, scale)
 
 
 def killers(_: random.Random, __: float) -> list[Exchange]:
@@ -266,7 +266,7 @@ def types(choice: random.Random, scale: float) -> list[Exchange]:
             except (pa.ArrowException, OSError):
                 continue  # no client can write it either
             found += _encoded(f"{field} as {name}", kind, body, [*ENCODINGS])
-    return _part(found, choice, scale)
+    return some_of(found, choice, scale)
 
 
 # --- too much of something ---
@@ -455,7 +455,7 @@ def damaged(choice: random.Random, scale: float) -> list[Exchange]:
                 ("shifted", b"\xef\xbb\xbf" + whole),
             ):  # fmt: skip
                 found.append(post(f"{label}, {kind}, {encoding}", part, kind, encoding=encoding))
-    return _part(found, choice, scale)
+    return some_of(found, choice, scale)
 
 
 def mislabelled(choice: random.Random, scale: float) -> list[Exchange]:
@@ -489,7 +489,7 @@ def mislabelled(choice: random.Random, scale: float) -> list[Exchange]:
         for name in kinds
         for said in encodings
     ]  # fmt: skip
-    return _part(found, choice, scale / 3)
+    return some_of(found, choice, scale / 3)
 
 
 def _short(label: str, body: bytes, kind: str, encoding: str, pause: float) -> Exchange:

@@ -22,17 +22,13 @@ _MOST: Final = 1000
 
 def batches(_: random.Random, __: float) -> list[Exchange]:
     """Batches of a thousand quotes, each of another symbol."""
-    texts = [quote(i)["timestamp"] for i in range(_ROWS)]
-    return [
-        post(
-            f"batch {number}",
-            ("[" + ",".join(f'{{"symbol":"HOSTILE{number}","timestamp":"{at}","price":1}}' for at in texts) + "]").encode(),
-            "json",
-            expect=frozenset({200, 429, 503}),
-            patience=60,
-        )
-        for number in range(50)
-    ]  # fmt: skip
+    times = [quote(i)["timestamp"] for i in range(_ROWS)]
+    found = []
+    for number in range(50):
+        rows = [f'{{"symbol":"HOSTILE{number}","timestamp":"{at}","price":1}}' for at in times]
+        body = f"[{','.join(rows)}]".encode()
+        found.append(post(f"batch {number}", body, "json", expect=frozenset({200, 429, 503}), patience=60))
+    return found
 
 
 async def flood(url: str, exchanges: Sequence[Exchange], _: int, seconds: float, __: Path | None) -> Outcome:

@@ -18,6 +18,7 @@ from app.quote.terms import Receipt
 from app.repository.bars import BarPrice, Reason
 from app.settings import Settings
 from tests.chaos.__main__ import PARTS
+from tests.hostile.__main__ import ATTACKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,12 +69,12 @@ def test_every_problem_and_every_code_is_documented() -> None:
         assert f"`{code}`" in API, code
 
 
-def test_every_503_and_every_part_of_chaos_is_in_the_promises() -> None:
+def test_every_503_and_every_part_of_chaos_and_of_hostile_is_in_the_promises() -> None:
     promises = (ROOT / "docs/reliability.md").read_text()
     codes = {kind.code for kind in _tree(errors.QuotesError) if kind.status == 503}
     assert codes <= set(re.findall(r"`([a-z-]+)`", promises))
     named = {name for row in promises.splitlines() for name in re.findall(r"`([a-z]+)`", row) if row.startswith("|")}
-    assert named >= set(PARTS)
+    assert named >= {*PARTS, *ATTACKS}
     for file in re.findall(r"`(tests/\w+\.py)`", promises):
         assert (ROOT / file).exists(), file
 

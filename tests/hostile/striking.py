@@ -73,7 +73,7 @@ _made: Sequence[Exchange] = ()
 
 
 def _begin() -> None:
-    os.nice(10)
+    os.nice(5)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 

@@ -86,6 +86,18 @@ def _strike(attack: Attack, url: str, seconds: float, keep: Path | None) -> Outc
     return asyncio.run(attack.carries(url, _made, attack.at_once, seconds, keep))
 
 
+@contextmanager
+def _attacking() -> Iterator[ProcessPoolExecutor]:
+    """The process that attacks; it is not waited for where a run is broken off."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin) as attacker:
+        try:
+            yield attacker
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
 @dataclass
 class Supervisor:
     """Starts a service again that has ended or stands still, and notes it."""
@@ -143,7 +155,7 @@ async def strike(
         service = Service(directory / "service", QUIET)
         stack.enter_context(ended(service))
         service.start()
-        attacker = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin))
+        attacker = stack.enter_context(_attacking())
         await asyncio.to_thread(service.wait_ready)
         await _warm(service.url)
         watcher = stack.enter_context(watching(service.url, service.pid))

@@ -1,7 +1,7 @@
 """What is measured beside an attack, by a process of its own: liveness, another client, memory.
 
 Probes leave at fixed times, whatever became of those before, and count from when they should have left: a service that
-stands still for a second fails fifty of them, not one. Each kind of client has an address of its own.
+stands still for a second fails twenty-five of them, not one. Each kind of client has an address of its own.
 Invariant: what the other client was told is noted as in tests/chaos, so that the store can be compared with it.
 """
 
@@ -24,9 +24,9 @@ from tests.chaos.reporting import percentile
 from tests.hostile.wire import Answer, connect, read_answer, request
 
 #: Seconds between two probes, two posts of the other client, and two looks at memory.
-_LIVE: Final = 0.02
-_POST: Final = 0.04
-_MEMORY: Final = 0.1
+_LIVE: Final = 0.04
+_POST: Final = 0.08
+_MEMORY: Final = 0.25
 #: Seconds after which a probe or a post counts as one without an answer.
 _PATIENCE: Final = 20.0
 _ROWS: Final = 10

@@ -103,7 +103,10 @@ class _Watch:
             if not pipe.poll():
                 await asyncio.sleep(0.01)
                 continue
-            message = pipe.recv()
+            try:
+                message = pipe.recv()
+            except EOFError:  # who asked has been killed
+                return
             if isinstance(message, int):
                 self.pid = message
             elif message == "sample":

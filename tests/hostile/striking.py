@@ -200,8 +200,9 @@ async def _beside(
     loop = asyncio.get_running_loop()
     watcher, ends = supervisor.watcher, len(supervisor.ends)
     await loop.run_in_executor(attacker, _make, attack, seed, scale)
+    logged = supervisor.service.log.stat().st_size
     await asyncio.to_thread(watcher.take)
-    await asyncio.sleep(max(1, _CONTROL * min(scale, 1)) if timed else 0.2)
+    await asyncio.sleep(max(1, _CONTROL * min(scale, 1)) if timed else 0.6)
     control = await asyncio.to_thread(watcher.take)
     began = time.monotonic()
     lasting = attack.seconds * min(scale, 1) if timed else 0
@@ -215,6 +216,10 @@ async def _beside(
     def require(kept: bool, otherwise: str) -> None:
         report.require(kept, f"{attack.name}: {otherwise}")
 
+    with supervisor.service.log.open("rb") as log:
+        log.seek(logged)
+        traces = log.read().count(b"Traceback")
+    require(not traces, f"{traces} errors that nothing foresaw are in the log")
     for end in supervisor.ends[ends:]:
         require(False, f"{end}; connections lost last: {'; '.join(outcome.lost[-4:])}")
     for sentence in outcome.wrong:
@@ -230,6 +235,7 @@ async def _beside(
         "requests": outcome.answers.total(),
         "answers": dict(outcome.answers.most_common(12)),
         "wrong": outcome.wrong_total,
+        "errors logged": traces,
         "ends": len(supervisor.ends) - ends,
         "live p99 ms": compared(control.live, during.live),
         "other p99 ms": compared(control.other, during.other),

@@ -143,7 +143,8 @@ class _Watch:
         self.sample.live.append(time.monotonic() - began)
 
     async def _look(self) -> None:
-        self.sample.memory.append(memory(self.pid))
+        if held := memory(self.pid):  # else it has ended
+            self.sample.memory.append(held)
 
     async def _post(self, start: int) -> None:
         self.number += 1

@@ -275,6 +275,7 @@ class Attackers:
     keep: Path | None = None
     outcome: Outcome = field(default_factory=Outcome)
     _restarts: int = 0
+    _waiting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, exchanges: Sequence[Exchange], seconds: float) -> Outcome:
         """Carry out all of them, and again until `seconds` have passed."""
@@ -302,19 +303,20 @@ class Attackers:
                 self._save(exchange)
 
     async def _wait(self) -> None:
-        """Until the service listens again."""
-        deadline = time.monotonic() + _RESTART
-        waited = False
-        while time.monotonic() < deadline:
-            try:
-                _, writer = await connect(self.url)
-            except OSError:
-                waited = True
-                await asyncio.sleep(0.2)
-            else:
-                writer.close()
-                break
-        self._restarts += waited
+        """Until the service listens again; one waits, for all."""
+        async with self._waiting:
+            deadline = time.monotonic() + _RESTART
+            waited = False
+            while time.monotonic() < deadline and self._restarts < _RESTARTS:
+                try:
+                    _, writer = await connect(self.url)
+                except OSError:
+                    waited = True
+                    await asyncio.sleep(0.2)
+                else:
+                    writer.close()
+                    break
+            self._restarts += waited
 
     def _save(self, exchange: Exchange) -> None:
         assert self.keep is not None

@@ -144,7 +144,7 @@ class Proxy:
 async def before_service(fault: Fault, directory: Path, scale: float, seed: int) -> Report:
     """Clients behind a proxy, and another one that is not."""
     report = Report(f"clients, {fault}")
-    seconds = max(4, 15 * scale)
+    seconds = max(3, 15 * scale)
     ledger = Ledger()
     with ExitStack() as stack:
         service = Service(directory / "service", QUIET)
@@ -177,7 +177,7 @@ async def before_service(fault: Fault, directory: Path, scale: float, seed: int)
 async def before_database(fault: Fault, directory: Path, scale: float, seed: int) -> Report:
     """A proxy between the service and its database; every kind of request beside writers."""
     report = Report(f"database, {fault}")
-    seconds = max(4, 15 * scale)
+    seconds = max(3, 15 * scale)
     ledger = Ledger()
     slowest: dict[str, float] = {}
     stop = asyncio.Event()

@@ -294,7 +294,7 @@ def long_ranges(_: random.Random, __: float) -> list[Exchange]:
 
 ATTACKS: Final = [
     Attack("odd and endless heads", heads),
-    Attack("framing and upgrades", framing, 1),
+    Attack("framing and upgrades", framing, 4),
     Attack("a byte at a time", slow, 200),
     Attack("every parameter", queries),
     Attack("ten thousand years", long_ranges),

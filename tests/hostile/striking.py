@@ -24,7 +24,7 @@ import httpx
 from app.db import embedded
 from tests.chaos.reporting import Report
 from tests.chaos.verifying import verify
-from tests.chaos.victims import QUIET, Service, ended
+from tests.chaos.victims import QUIET, NotReady, Service, ended
 from tests.hostile.watching import Sample, Watcher, watching
 from tests.hostile.wire import Attackers, Exchange, Outcome
 
@@ -123,7 +123,10 @@ class Supervisor:
             else:
                 self.ends.append(f"the service ended with {process.returncode}")
             self.service.start()
-            self.service.wait_ready()
+            try:
+                self.service.wait_ready()
+            except NotReady as error:
+                self.ends.append(str(error))
             self.watcher.follow(self.service.pid)
             answered = time.monotonic()
 

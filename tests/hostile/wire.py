@@ -178,8 +178,11 @@ async def read_answer(reader: asyncio.StreamReader, *, bodyless: bool = False) -
     return Answer(int(status), headers, body)
 
 
-async def connect(url: str, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection from an address of this machine, so that clients are told apart."""
+async def connect(url: str, source: str = "127.0.0.4") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection from an address of this machine, so that clients are told apart.
+
+    It is another one than the service's: from there, while nobody listens, a connection to itself would take the port.
+    """
     parts = urlsplit(url)
     return await asyncio.open_connection(
         parts.hostname, parts.port, limit=2**20, local_addr=(source, 0), happy_eyeballs_delay=None

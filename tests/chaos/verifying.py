@@ -105,7 +105,7 @@ async def verify(ledger: Ledger, database_url: str, url: str | None, *, interval
             for symbol in symbols:
                 total += (await _get(http, "/v1/quotes/count", symbols=symbol, **_span(there)))["count"]
             verdict.counts = abs(total - sum(request.rows for request in there)) if not verdict.torn else 0
-            if not (verdict.lost or verdict.torn or verdict.wrong):
+            if there and not (verdict.lost or verdict.torn or verdict.wrong):
                 verdict.bars = await _bars(http, there, symbols, interval)
     return verdict
 

@@ -53,21 +53,23 @@ class Proxy:
     port: int = 0
     fault: Fault | None = None
     links: set[_Link] = field(default_factory=set)
+    _serving: set[asyncio.Task[None]] = field(default_factory=set)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator["Proxy"]:
         """Pass on meanwhile."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
         finally:
             self._over.set()
-            for link in list(self.links):
-                link.abort()
             server.close()
-            await server.wait_closed()
+            while self._serving:
+                for link in list(self.links):
+                    link.abort()
+                await asyncio.wait(self._serving, timeout=1)
 
     @asynccontextmanager
     async def faulty(self, fault: Fault) -> AsyncIterator[None]:
@@ -88,6 +90,11 @@ class Proxy:
             for link in list(self.links):
                 if link.dead:
                     link.abort()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.fault == "reset":
@@ -167,6 +174,7 @@ async def before_service(fault: Fault, directory: Path, scale: float, seed: int)
         for noted in (ledger, other):
             verdict = await verify(noted, embedded.url(service.directory / "data"), service.url)
             report.broken += verdict.broken
+            report.require(noted.rows > 0, "nothing was acknowledged: this proves nothing")
     judge_live(report, control, during, fault)
     judge_other(report, control, during, fault)
     report.require(recovery is not None and recovery < _RECOVERY, f"writes came back after {recovery or 60:.1f} s")
@@ -218,6 +226,7 @@ async def before_database(fault: Fault, directory: Path, scale: float, seed: int
             for noted in (ledger, other):
                 verdict = await verify(noted, postgres.url, service.url)
                 report.broken += verdict.broken
+                report.require(noted.rows > 0, "nothing was acknowledged: this proves nothing")
             await asyncio.to_thread(service.stop)
     slowest["write"] = max(ledger.seconds, default=0)
     report.require(slowest["write"] <= WRITING + SLACK, f"a write took {slowest['write']:.1f} s of {WRITING:g}")

@@ -99,13 +99,13 @@ async def verify(ledger: Ledger, database_url: str, url: str | None, *, interval
             verdict.wrong += false if found < request.rows or (first, last) == ends else found
             there.append(request)
     verdict.wrong += sum(rows for rows, *_ in stored.values())
-    if url is not None:
+    if url is not None and there:
         async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
             total = 0
             for symbol in symbols:
                 total += (await _get(http, "/v1/quotes/count", symbols=symbol, **_span(there)))["count"]
             verdict.counts = abs(total - sum(request.rows for request in there)) if not verdict.torn else 0
-            if there and not (verdict.lost or verdict.torn or verdict.wrong):
+            if not (verdict.lost or verdict.torn or verdict.wrong):
                 verdict.bars = await _bars(http, there, symbols, interval)
     return verdict
 

@@ -187,7 +187,7 @@ def _encoded(label: str, kind: str, body: bytes, encodings: Sequence[str], **opt
         yield post(f"{label}, {kind}, {encoding}", encode(body), kind, encoding=encoding, **options)
 
 
-def some_of(exchanges: Sequence[Exchange], choice: random.Random, scale: float, least: int = 200) -> list[Exchange]:
+def some_of(exchanges: Sequence[Exchange], choice: random.Random, scale: float, least: int = 100) -> list[Exchange]:
     """All of them at full size, else some, in an order by chance."""
     return choice.sample(exchanges, min(len(exchanges), max(least, round(scale * len(exchanges)))))
 

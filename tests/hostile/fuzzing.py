@@ -57,7 +57,7 @@ def fuzz(kind: str, choice: random.Random, scale: float) -> Sequence[Exchange]:
     bases = [valid(rows)[kind] for rows in (1, 3, 40)]
     found = []
     for encoding, encode in ENCODINGS.items():
-        for number in range(max(60, round(_BODIES * scale / (1 if encoding == "identity" else 3)))):
+        for number in range(max(30, round(_BODIES * scale / (1 if encoding == "identity" else 3)))):
             base = choice.choice(bases)
             body = mutated(base, choice) if encoding == "identity" else mutated(encode(base), choice)
             query = choice.choice(("", "on_error=skip", "ties=number&precision=ns", "prices=signed&on_conflict=merge"))

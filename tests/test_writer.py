@@ -333,6 +333,52 @@ async def test_live_quotes_do_not_wait_for_late_ones() -> None:
     assert [n for is_late, n in lanes if is_late] == [7]
 
 
+async def test_late_quotes_that_wait_have_half_of_the_bytes() -> None:
+    gate = Gate()
+    one = late(50)
+    async with Writer(gate, make_settings(writer_queue_bytes=6 * one.batch.nbytes)) as writer:
+        waiting = [asyncio.create_task(writer.submit(late(50))) for _ in range(3)]
+        await settle()
+        too_much = asyncio.create_task(writer.submit(late(1)))
+        live = asyncio.create_task(writer.submit(write(50)))
+        await settle()
+        assert (too_much.done(), live.done()) == (True, False), "one is refused at once, one waits for the gate"
+        assert isinstance(too_much.exception(), Overloaded)
+        gate.open.set()
+        assert [result.inserted for result in await asyncio.gather(*waiting, live)] == [50] * 4
+
+
+async def test_late_quotes_share_smaller_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.writer._LATE_ROWS", 10)
+    shared: list[tuple[bool, int]] = []
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        shared.append((attempt.late, sum(len(one.batch) for one in writes)))
+        return [receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings(writer_flush_rows=20)) as writer:
+        await asyncio.gather(*(writer.submit(one(5)) for one in (late, write) for _ in range(8)))
+    assert sorted(shared) == [(False, 20)] * 2 + [(True, 10)] * 4
+
+
+async def test_requests_that_share_a_transaction_leave_half_of_the_time_to_be_tried_again() -> None:
+    attempts: list[tuple[int, float]] = []
+
+    async def flush(writes: Sequence[Write], attempt: Attempt) -> list[Receipt | QuotesError]:
+        attempts.append((len(writes), attempt.within))
+        if len(writes) > 1:
+            raise QuotesLocked("locked")
+        return [receipt(one) for one in writes]
+
+    async with Writer(flush, make_settings(write_timeout="1 hour")) as writer:
+        await writer.submit(write())
+        await asyncio.gather(*(writer.submit(write()) for _ in range(2)))
+    alone, shared, *again = attempts
+    assert (alone, shared) == ((1, 3600), (2, 1800))
+    assert [rows for rows, _ in again] == [1, 1]
+    assert all(1800 < within < 3600 for _, within in again), "what the first attempt left"
+
+
 @pytest.mark.parametrize(
     ("age", "expected"),
     [(timedelta(0), False), (timedelta(minutes=50), False), (timedelta(minutes=70), True), (timedelta(-1), False)],

@@ -30,7 +30,7 @@ from app.errors import Conflict, IdempotencyKeyInUse, IdempotencyKeyReused, Quot
 from app.main import create_app
 from app.quote.batch import Batch
 from app.quote.terms import OnConflict, Receipt
-from app.repository.ingest import Write
+from app.repository.ingest import Attempt, Write
 from app.repository.quotes import QuoteRepository
 from app.repository.receipts import IdempotencyKey, Receipts, Replayed
 from app.settings import Settings
@@ -180,10 +180,42 @@ async def held_up(lane: Lane) -> AsyncIterator[Connection]:
         await locker.close()
 
 
+@asynccontextmanager
+async def held_up_at_its_receipt(lane: Lane, key: str) -> AsyncIterator[Connection]:
+    """The request with the key does not get past its receipt until the connection's transaction ends.
+
+    Nor is it refused meanwhile: it asks for a lock again and again, where one that waits does so for a second at most.
+    """
+    name, lock = f"hold_{random_symbol().lower()}", IdempotencyKey(f"hold {key}", b"").lock
+    locker = await asyncpg.connect(lane.url)
+    try:
+        await locker.execute(f"""
+            CREATE FUNCTION quotes.{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                WHILE NOT pg_try_advisory_xact_lock_shared({lock}) LOOP PERFORM pg_sleep(0.01); END LOOP;
+                RETURN new;
+            END $$;
+            CREATE TRIGGER {name} BEFORE INSERT ON quotes.receipts FOR EACH ROW
+            WHEN (new.key = {key.replace('"', "'")}) EXECUTE FUNCTION quotes.{name}()""")
+        await locker.execute("BEGIN")
+        await locker.execute("SELECT pg_advisory_xact_lock($1)", lock)
+        yield locker
+        await locker.execute(f"DROP FUNCTION quotes.{name} CASCADE")
+    finally:
+        await locker.close()
+
+
 async def until(condition: Callable[[], Awaitable[Any]]) -> None:
     async with asyncio.timeout(30):
         while not await condition():  # noqa: ASYNC110  what is waited for happens in a database
             await asyncio.sleep(0.01)
+
+
+#: The server process that holds the advisory lock of a key.
+_HOLDS_KEY = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32) | objid::bigint = $1
+"""
+_WAITS_FOR_LATEST = "SELECT count(*) FROM pg_locks WHERE relation = 'quotes.latest'::regclass AND NOT granted"
 
 
 async def until_it_waits(observer: Connection, key: str) -> None:
@@ -191,9 +223,8 @@ async def until_it_waits(observer: Connection, key: str) -> None:
     lock = IdempotencyKey(key.strip('"'), b"").lock
     await until(
         lambda: observer.fetchval(
-            "SELECT count(*) FROM pg_locks held JOIN pg_locks waits USING (pid)"
-            " WHERE held.locktype = 'advisory' AND (held.classid::bigint << 32) | held.objid::bigint = $1"
-            " AND held.granted AND waits.relation = 'quotes.latest'::regclass AND NOT waits.granted",
+            f"SELECT count(*) FROM ({_HOLDS_KEY}) held JOIN pg_locks waits USING (pid)"
+            " WHERE waits.relation = 'quotes.latest'::regclass AND NOT waits.granted",
             lock,
         )
     )
@@ -228,6 +259,35 @@ async def test_a_second_request_is_told_that_the_first_is_in_flight(
                 assert again.content == answer.content
                 assert replayed(again)
     assert await count(client, symbol) == 2
+
+
+@pytest.mark.concurrent
+@pytest.mark.parametrize("late", [False, True], ids=["live", "late"])
+async def test_of_two_pools_one_has_the_key(lane: Lane, quotes: QuoteRepository, symbol: str, late: bool) -> None:
+    """Its COPY fails, and what it goes back to must not unlock the key before its receipt is there."""
+    stored, both = keyed(symbol, None), IdempotencyKey(symbol, b"1")
+    attempt = Attempt(within=60, lock_timeout=60, late=late)
+    await quotes.write([stored])
+    pools = [Database(lane.url, lane.make_settings()) for _ in range(2)]
+    try:
+        for pool in pools:
+            await pool.connect()
+        one, other = (QuoteRepository(pool, lane.make_settings()) for pool in pools)
+        async with held_up(lane) as locker:
+            first = asyncio.create_task(one.write([keyed(symbol, both), keyed(symbol, None, 1)], attempt))
+            await until(lambda: locker.fetchval(_WAITS_FOR_LATEST))
+            (refused,) = await other.write([keyed(symbol, both)], attempt)
+            assert isinstance(refused, IdempotencyKeyInUse)
+            await locker.execute("COMMIT")
+            answers = await first
+        assert [(answer.unchanged, answer.inserted) for answer in answers if isinstance(answer, Receipt)] == [
+            (1, 0),
+            (0, 1),
+        ]
+        assert [type(answer) for answer in await other.write([keyed(symbol, both)], attempt)] == [Replayed]
+    finally:
+        for pool in pools:
+            await pool.close()
 
 
 async def test_one_key_twice_in_one_transaction(quotes: QuoteRepository, symbol: str) -> None:
@@ -304,10 +364,16 @@ async def test_a_service_killed_before_the_commit_has_left_nothing(
         headers = {"idempotency-key": key, **JSON}
         return await client.post("/v1/quotes?on_conflict=error", content=body, headers=headers)
 
-    async with held_up(lane) as locker:
-        with serve(shared_dir / "unused", **environment(lane)) as service:
+    async with held_up_at_its_receipt(lane, key) as locker:
+        with serve(shared_dir / "unused", **environment(lane), QUOTES_WRITE_TIMEOUT="1 hour") as service:
             unread = await sent(service.url, key, body)
-            await until_it_waits(locker, key)
+            await until(
+                lambda: locker.fetchval(
+                    f"SELECT count(*) FROM pg_stat_activity JOIN ({_HOLDS_KEY}) held USING (pid)"
+                    " WHERE wait_event = 'PgSleep'",
+                    IdempotencyKey(key.strip('"'), b"").lock,
+                )
+            )
             os.kill(service.process.pid, signal.SIGKILL)
             service.process.wait()
             unread.close()

@@ -34,10 +34,11 @@ from app.quote.batch import Batch
 from app.quote.terms import OnConflict, Receipt, Terms
 from app.repository import ingest
 from app.repository.bars import Bar, BarPrice, BarSpec, Fill
-from app.repository.ingest import Write
+from app.repository.ingest import Attempt, Write
 from app.repository.maintenance import MaintenanceRepository
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Position, Range, Sort, day_bounds
+from app.settings import Settings
 from tests.conftest import Lane, random_symbol
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday
@@ -1100,7 +1101,7 @@ async def test_deleting_while_writing_never_leaves_latest_behind(quotes: QuoteRe
     assert newest is not None
     assert newest.to_dict() == found[max(found)]
     (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
-    assert nanoseconds(span.first) + span.first_nanos <= min(found)[1]
+    assert nanoseconds(span.first) + span.first_nanos == min(found)[1]
 
 
 @pytest.mark.concurrent
@@ -1132,6 +1133,42 @@ async def test_what_is_written_while_a_delete_runs_is_in_latest(
     assert newest.time_ns == found[-1][1]
     (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
     assert nanoseconds(span.first) + span.first_nanos == found[0][1]
+
+
+@pytest.mark.concurrent
+@pytest.mark.parametrize("merged", [False, True], ids=["copied", "merged"])
+async def test_nobody_changes_the_store_s_settings_while_a_late_quote_is_written(
+    lane: Lane, database: Database, settings: Settings, symbol: str, merged: bool
+) -> None:
+    """Else a shorter retention could drop what is acknowledged. A COPY that fails must not end the lock."""
+    own = QuoteRepository(database, settings)  # it has met no stored key yet, and begins with a COPY
+    if merged:
+        await own.bulk_insert([quote(symbol, 1, 9)])
+    write = Write(Batch.from_rows([quote(symbol, 1), quote(symbol, 2)]))
+    locker, changer = [await asyncpg.connect(lane.url) for _ in range(2)]
+    ungranted = "SELECT count(*) FROM pg_locks WHERE NOT granted AND "
+    try:
+        await locker.execute("BEGIN; LOCK TABLE quotes.latest IN ACCESS EXCLUSIVE MODE")
+        writing = asyncio.create_task(own.write([write], Attempt(within=60, lock_timeout=60, late=True)))
+        async with asyncio.timeout(30):
+            while not await locker.fetchval(f"{ungranted} relation = 'quotes.latest'::regclass"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await changer.execute("BEGIN")
+        changing = asyncio.create_task(changer.execute("UPDATE quotes.settings SET retention = retention"))
+        async with asyncio.timeout(30):
+            waits = f"{ungranted} pid = $1"
+            while not (changing.done() or await locker.fetchval(waits, changer.get_server_pid())):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not changing.done()
+        await locker.execute("COMMIT")
+        (receipt,) = await writing
+        assert isinstance(receipt, Receipt)
+        assert (receipt.inserted, receipt.updated) == ((1, 1) if merged else (2, 0))
+        assert await changing == "UPDATE 1"
+        await changer.execute("ROLLBACK")
+    finally:
+        await locker.close()
+        await changer.close()
 
 
 async def test_what_is_read_can_be_written_again(quotes: QuoteRepository, symbol: str) -> None:

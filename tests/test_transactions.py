@@ -137,6 +137,53 @@ async def test_whoever_cancels_a_commit_learns_that_its_outcome_is_unknown(alone
         await until(stored)
 
 
+async def test_a_connection_that_breaks_in_a_commit_leaves_its_outcome_unknown(alone: str) -> None:
+    """The quotes are there, and whoever was told that nothing was stored would have been told wrong."""
+    lane = Lane("postgresql", alone, "")
+    symbol = random_symbol()
+    async with repository(lane, alone, commit_timeout="1 hour") as (quotes, _):
+        async with without_its_standby(alone) as admin:
+            writing = asyncio.create_task(quotes.bulk_insert(rows(symbol)))
+            waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            await until(lambda: admin.fetchval(waiting))
+            await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            with pytest.raises(OutcomeUnknown, match="broke"):
+                await writing
+        assert await quotes.count_quotes(symbol) == 3
+
+
+async def test_a_commit_has_time_of_its_own(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the work ends while the COMMIT waits for a standby."""
+    lane = Lane("postgresql", alone, "")
+    limits: list[asyncio.Timeout] = []
+    timeout = asyncio.timeout
+
+    def noted(delay: float | None) -> asyncio.Timeout:
+        limit = timeout(delay)
+        if delay is not None and delay > 3600:
+            limits.append(limit)
+        return limit
+
+    async with repository(lane, alone, commit_timeout="1 hour") as (_, database):
+        transactions = Transactions(database, timedelta(hours=1))
+        async with without_its_standby(alone) as admin:
+            monkeypatch.setattr(asyncio, "timeout", noted)
+            insert = "INSERT INTO quotes.receipts (key, fingerprint, receipt) VALUES ($1, '', '{}')"
+            key = random_symbol()
+            committing = asyncio.create_task(
+                transactions.run(lambda connection: connection.execute(insert, key), within=7200, lock_timeout=1)
+            )
+            await until(
+                lambda: admin.fetchval("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            )
+            (limit,) = limits
+            if limit.when() is not None:
+                limit.reschedule(0)
+            await asyncio.sleep(0.01)
+            assert not committing.done()
+        assert await committing == "INSERT 0 1"
+
+
 async def shown(database: Database, waiting: int) -> bool:
     return (await StorageRepository(database).look()).commits_waiting == waiting
 

@@ -247,6 +247,34 @@ async def test_a_write_runs_no_longer_than_it_may(lane: Lane, database: Database
     assert await transactions.run(lambda connection: connection.fetchval("SELECT 1"), within=5, lock_timeout=1) == 1
 
 
+@pytest.mark.parametrize("state", ["40P01", "40001"])
+@pytest.mark.parametrize("victim", [2, 3])
+async def test_a_victim_of_other_writes_is_tried_again(alone: str, state: str, victim: int) -> None:
+    """Twice, each time in a transaction of its own."""
+    lane = Lane("postgresql", alone, "")
+    key, insert = random_symbol(), "INSERT INTO quotes.receipts (key, fingerprint, receipt) VALUES ($1, '', '{}')"
+    tries = 0
+
+    async def work(connection: Connection) -> int:
+        nonlocal tries
+        tries += 1
+        await connection.execute(insert, key)
+        if tries <= victim:
+            await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'a victim' USING ERRCODE = '{state}'; END $$")
+        return tries
+
+    async with repository(lane, alone) as (_, database):
+        attempts = Transactions(database, timedelta(hours=1)).run(work, within=3600, lock_timeout=1)
+        if victim == 2:
+            assert await attempts == 3
+        else:
+            with pytest.raises(DatabaseUnavailable, match="in the way"):
+                await attempts
+        async with database.acquire() as connection:
+            stored = await connection.fetchval("SELECT count(*) FROM quotes.receipts WHERE key = $1", key)
+        assert (tries, stored) == (3, 1 if victim == 2 else 0)
+
+
 @pytest.mark.concurrent
 async def test_a_lock_is_not_waited_for_long(lane: Lane, quotes: QuoteRepository, database: Database) -> None:
     symbol = random_symbol()

@@ -5,6 +5,7 @@ and its jobs run. Whatever fails in the middle leaves no file that looks whole, 
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from app import backup
 from app.clock import Nanoseconds, nanoseconds
 from app.db import programs
 from app.db.capability import Level
@@ -646,6 +648,35 @@ async def test_a_database_that_stops_leaves_no_file(store: tuple[_Cluster, str],
     assert process.returncode == 1
     assert re.match(r"error: (pg_dump failed: |The database cannot )", " ".join(errors.decode().split()))
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_backup_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    """Neither what another backup is at, which holds the lock, nor what somebody else calls partial."""
+    left, used, foreign = (
+        tmp_path / f"{name}.dump.partial" for name in ("quotes-20260101T000000Z", "quotes-20260102T000000Z", "mine")
+    )
+    for path in (left, used, foreign):
+        path.touch()
+    with used.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        backup._clear(tmp_path)
+        assert names(tmp_path) == sorted([used.name, foreign.name])
+    backup._clear(tmp_path / "no directory")
+    backup._clear(tmp_path)
+    assert names(tmp_path) == [foreign.name]
+
+
+def test_a_dump_is_its_owner_s_and_overwrites_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "quotes.dump"
+    with backup._draft(target) as draft:
+        assert draft.partial.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(BackupError), backup._draft(target):
+            pass
+        assert draft.partial.exists(), "of the first"
+        draft.keep_as(draft.final)
+    assert names(tmp_path) == [target.name]
+    with pytest.raises(BackupError, match="overwrites nothing"), backup._draft(target):
+        pass
 
 
 async def test_rotation_deletes_its_own_and_says_which(store: tuple[_Cluster, str], tmp_path: Path) -> None:

@@ -363,6 +363,42 @@ def test_no_request_breaks_a_limit_and_no_row_is_lost(days: list[int], size: int
     assert seen == list(range(skip + 1, len(days) + 1))
 
 
+def test_no_request_has_too_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "MAX_BYTES", 1000)
+    rows = [{"timestamp": "2026-01-05", "price": "1", "source": "s" * (n % 37)} for n in range(300)]
+    source = load._Source(iter(rows), lambda row: row, len(rows), lambda: 0, [], set())
+    cut = list(load.chunks(source, Converter(symbol="X", tz="UTC", source=None), size=10_000))
+    assert [row for chunk in cut for row in chunk.rows] == list(range(1, 301))
+    sizes = [len(b"".join(line + b"\n" for line in chunk.lines)) for chunk in cut]
+    assert max(sizes) <= 1000
+    assert min(sizes[:-1]) > 800, "nor are they cut without need"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([("A", 1), ("A", 3)], [("A", 3), ("A", 5)], True),
+        ([("A", 1), ("A", 3)], [("A", 4), ("A", 5)], False),
+        ([("A", 1), ("A", 9)], [("A", 4)], True),
+        ([("A", 1)], [("A", 1)], True),
+        ([("A", 1)], [("B", 1)], False),
+        ([("A", 1), ("B", 7)], [("A", 2), ("B", 7)], True),
+        ([("A", 1), ("B", 7)], [("A", 2), ("B", 6)], False),
+        ([("A", 1)], [], False),
+    ],
+)
+def test_requests_that_may_hold_one_key_are_known(
+    one: list[tuple[str, int]], other: list[tuple[str, int]], expected: bool
+) -> None:
+    chunks = []
+    for quotes in (one, other):
+        chunk = load.Chunk()
+        for symbol, instant in quotes:
+            chunk.add(1, None, b"{}", symbol, instant)
+        chunks.append(chunk)
+    assert [chunks[0].overlaps(chunks[1]), chunks[1].overlaps(chunks[0])] == [expected] * 2
+
+
 async def test_years_of_days_are_split(store: Store, tmp_path: Path) -> None:
     lines = [f"{date(2000, 1, 1) + timedelta(days=n)},{n + 1}" for n in range(1000)]
     report = await store.load(write(tmp_path / "old.csv", "\n".join(["date,close", *lines])), tz="UTC")

@@ -182,7 +182,7 @@ async def held_up(lane: Lane) -> AsyncIterator[Connection]:
 
 @asynccontextmanager
 async def held_up_at_its_receipt(lane: Lane, key: str) -> AsyncIterator[Connection]:
-    """The request with the key does not get past its receipt until the connection's transaction ends.
+    """The request with the key does not get past its receipt until the connection gives its lock back.
 
     Nor is it refused meanwhile: it asks for a lock again and again, where one that waits does so for a second at most.
     """
@@ -196,8 +196,9 @@ async def held_up_at_its_receipt(lane: Lane, key: str) -> AsyncIterator[Connecti
             END $$;
             CREATE TRIGGER {name} BEFORE INSERT ON quotes.receipts FOR EACH ROW
             WHEN (new.key = {key.replace('"', "'")}) EXECUTE FUNCTION quotes.{name}()""")
-        await locker.execute("BEGIN")
-        await locker.execute("SELECT pg_advisory_xact_lock($1)", lock)
+        await locker.execute(
+            "SELECT pg_advisory_lock($1)", lock
+        )  # no transaction: it would see one state of all others
         yield locker
         await locker.execute(f"DROP FUNCTION quotes.{name} CASCADE")
     finally:
@@ -378,7 +379,7 @@ async def test_a_service_killed_before_the_commit_has_left_nothing(
             service.process.wait()
             unread.close()
         problem(await again(), 409, "idempotency-key-in-use")  # its server process does not know yet
-        await locker.execute("COMMIT")
+        await locker.execute("SELECT pg_advisory_unlock_all()")
         answers: list[httpx.Response] = []
 
         async def settled() -> bool:

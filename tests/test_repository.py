@@ -1136,6 +1136,35 @@ async def test_what_is_written_while_a_delete_runs_is_in_latest(
 
 
 @pytest.mark.concurrent
+async def test_two_deletes_at_once_leave_latest_right(lane: Lane, quotes: QuoteRepository, symbol: str) -> None:
+    """Each takes one end; both wait for the symbol's row of `latest`, and the second finds what the first left."""
+    await quotes.bulk_insert([quote(symbol, i, i + 1) for i in range(10)])
+    locker = await asyncpg.connect(lane.url)
+    # The first waits for the transaction, the second for its turn to wait.
+    waiting = (
+        "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        " AND (transactionid = pg_current_xact_id()::xid OR relation = 'quotes.latest'::regclass)"
+    )
+    try:
+        await locker.execute("BEGIN")
+        await locker.execute("SELECT FROM quotes.latest WHERE symbol = $1 FOR UPDATE", symbol)
+        ranges = [(T0 + timedelta(seconds=at), T0 + timedelta(seconds=at + 3)) for at in (0, 7)]
+        deleting = [asyncio.create_task(quotes.delete_quotes(symbol, *ends)) for ends in ranges]
+        async with asyncio.timeout(30):
+            while await locker.fetchval(waiting) < 2:  # noqa: ASYNC110  what is waited for happens in a database
+                await asyncio.sleep(0.01)
+        await locker.execute("COMMIT")
+        assert await asyncio.gather(*deleting) == [3, 3]
+    finally:
+        await locker.close()
+    newest = await quotes.get_latest_quote(symbol)
+    assert newest is not None
+    assert (newest.timestamp, newest.price) == (T0 + timedelta(seconds=6), 7)
+    (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
+    assert span.first == T0 + timedelta(seconds=3)
+
+
+@pytest.mark.concurrent
 @pytest.mark.parametrize("merged", [False, True], ids=["copied", "merged"])
 async def test_nobody_changes_the_store_s_settings_while_a_late_quote_is_written(
     lane: Lane, database: Database, settings: Settings, symbol: str, merged: bool

@@ -115,6 +115,13 @@ _HELD: Final = f"""
 SELECT first_timestamp, first_{NANOS}, timestamp, {NANOS} FROM quotes.latest WHERE symbol = $1 FOR UPDATE
 """
 
+_MOVE: Final = f"""
+UPDATE quotes.latest SET first_timestamp = $2, first_{NANOS} = $3,
+    ({_PLACE}, {", ".join(VALUES)}) = (row.timestamp, row.{NANOS}, {", ".join(f"row.{c}" for c in VALUES)})
+FROM quotes.real_time row
+WHERE latest.symbol = $1 AND row.symbol = $1 AND row.timestamp = $4 AND row.{NANOS} = $5
+"""
+
 
 def _outermost(order: Literal["ASC", "DESC"]) -> str:
     return f"""
@@ -412,9 +419,11 @@ class Ingest:
             newest = left[1] if left else await self._newest_before(connection, symbol, start, first)
         if first_gone and newest is not None:
             first = left[0] if left else await self._oldest_from(connection, symbol, stop, newest)
-        await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", symbol)
-        if newest is not None:
-            await self._hold(connection, {symbol: (first, newest)})
+        if newest is None:
+            await connection.execute("DELETE FROM quotes.latest WHERE symbol = $1", symbol)
+            return
+        # In its place: who waits for a row that is deleted and added again finds none, and would mend nothing.
+        await connection.execute(_MOVE, symbol, *parts(first), *parts(newest))
 
     async def _ends_of(self, connection: Connection, symbol: str, start: int, stop: int) -> Ends | None:
         """The instants of a symbol's oldest and newest quote in [`start`, `stop`)."""

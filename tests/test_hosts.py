@@ -51,10 +51,13 @@ def standby(number: int, reached: int = 1, of: Control = ONE) -> Server:
         ((None, primary(2, 2), primary(2, 2)), None, 1),
         # A server that is made read-only is fenced.
         ((replace(primary(1, 2), writable=False), primary(2, 1), None), None, 1),
+        ((replace(primary(1, 2, Control(1, 2)), writable=False), primary(2, 1), None), None, 1),
         ((None, None, None), None, "None of the database hosts"),
         ((standby(1), standby(2), None), None, "None of the database hosts"),
         ((primary(1, 1), primary(2, 2), primary(3, 2)), None, "db2 and db3 take writes, both on timeline 2"),
         ((primary(1, 1), primary(2, 2, OTHER), None), None, "db1 and db2 take writes and are not copies"),
+        # Two servers may have been started at once.
+        ((primary(1, 1), primary(1, 1, OTHER), None), None, "db1 and db2 take writes and are not copies"),
         # A process knows its own database, and what it has written.
         ((primary(1, 1), primary(2, 2, OTHER), None), primary(1, 1), 0),
         ((None, primary(2, 2, OTHER), None), primary(1, 1), "db2 takes writes, but its system identifier"),

@@ -33,11 +33,11 @@ from app import load
 from app.client import Client
 from app.clock import nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
-from app.journal import State
+from app.journal import Journal, State
 from app.lines import Unreadable
 from app.load import Converter, LoadOptions, LoadReport, column_map, match_columns
 from app.quote.batch import Batch
-from app.quote.terms import Limits, OnConflict, Terms
+from app.quote.terms import Limits, OnConflict, Receipt, Terms
 from tests.conftest import Serve
 
 DAILY = ",Open,High,Low,Close,Adj Close,Volume\n2004-08-19,100,104.06,95.96,100.340,50.1,22351900.0\n"
@@ -1480,6 +1480,21 @@ async def test_what_is_no_state_file_is_kept_and_told(store: Store, tmp_path: Pa
     assert store.requests == []
     state.unlink()
     assert lost(await store.load(path)) == 0
+
+
+def test_a_load_whose_reject_file_is_gone_begins_anew(tmp_path: Path) -> None:
+    """Its rejects would be listed nowhere."""
+
+    def journal() -> Journal:
+        fresh = State.new({"size": 1}, {}, "store")
+        return Journal(tmp_path / "state", tmp_path / "rejects", fresh, resume=True)
+
+    first = journal()
+    first.open()
+    first.acknowledge(2, b'{"row":1}\n', Receipt(1, 1), refused=1, numbered=0)
+    assert journal().state.rows == 2
+    (tmp_path / "rejects").unlink()
+    assert (journal().state.rows, journal().note) == (0, "the reject file is gone; starting anew")
 
 
 async def test_what_is_no_reject_file_is_kept_and_told(store: Store, tmp_path: Path) -> None:

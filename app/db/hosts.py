@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
@@ -111,7 +111,7 @@ def hosts_of(url: str) -> list[str]:
     for host, port in zip(hosts, ports * (len(hosts) // len(ports)), strict=True):
         own = query | ({"port": port} if port else {}) | ({} if listed else {"host": host})
         netloc = f"{auth}{at}{host}" if listed else parts.netloc
-        urls.append(urlunsplit(parts._replace(netloc=netloc, query=urlencode(own))))
+        urls.append(urlunsplit(parts._replace(netloc=netloc, query=urlencode(own, quote_via=quote))))
     return urls
 
 

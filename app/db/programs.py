@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from app.db import embedded
 from app.errors import BackupError
@@ -73,8 +73,9 @@ def without_password(url: str) -> tuple[str, str | None]:
     hidden = [value for name, value in query if name == "password"]
     # Within the text, because a URL without a host would not come back from its parts.
     shown = url.replace(f"//{parts.netloc}", f"//{user}{at}{hosts}", 1)
-    if hidden:
-        kept = urlencode([(name, value) for name, value in query if name != "password"], safe="/")
+    if query:
+        # The driver reads a `+` as a space, PostgreSQL's programs as itself; of `%20` and `%2B` they think alike.
+        kept = urlencode([(name, value) for name, value in query if name != "password"], safe="/", quote_via=quote)
         shown = shown.replace(f"?{parts.query}", f"?{kept}", 1)
     secret = unquote(password) if colon else hidden[-1] if hidden else None
     return shown, secret

@@ -11,7 +11,8 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db.capability import DETECT, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
+from app.db import embedded
+from app.db.capability import DETECT, HALF_RESTORED, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.hosts import find_primary, hosts_of
 from app.db.migrate import known, newer_schema
 from app.errors import StartupError
@@ -61,13 +62,17 @@ def _refuse_unreleased(connection: Connection) -> None:
 
 
 def _refuse_half_restored(connection: Connection) -> None:
-    """A store without a revision is one that a restore did not finish, which takes the revision for the last step."""
+    """A restore takes its comment away at its end, and gives the store its revision just before."""
+    comment = connection.execute(
+        text("SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()")
+    ).scalar_one()
     found = connection.execute(text("SELECT to_regclass('quotes.real_time') IS NOT NULL")).scalar_one()
-    if found and MigrationContext.configure(connection).get_current_revision() is None:
-        raise StartupError(
-            "There are quotes in this database and no revision: a restore into it did not finish. Drop it and restore"
-            " it again; nothing was migrated."
-        )
+    if comment == HALF_RESTORED or (found and MigrationContext.configure(connection).get_current_revision() is None):
+        settings = _settings()
+        which, remedy = "this database", "Drop it"
+        if settings.embedded:
+            which, remedy = "this data directory", f"Remove {settings.data_dir or embedded.default_data_dir()}"
+        raise StartupError(f"A restore into {which} did not finish. {remedy} and restore again; nothing was migrated.")
     connection.commit()
 
 

@@ -2,7 +2,7 @@
 
 Invariant: a file gets its name when it is complete, on disk and, if that was asked for, compared with what it was made
 of; nothing is deleted but what these verbs made. A restore goes into an empty database, and a database that is
-restored half way has no revision, so that no service takes it for a store.
+restored half way says so in its comment and has no revision, so that no service takes it for a store.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from rich.console import Console
 
 from app.clock import rfc3339
 from app.db import embedded, programs
+from app.db.capability import HALF_RESTORED
 from app.errors import BackupError, QuotesError
 from app.maintain import DataDir, Json, store
 from app.repository import backup as repository
@@ -42,7 +43,6 @@ _DIFFERS: Final = ".differs"
 _CONTENT: Final = ".json"
 _RETRY: Final = timedelta(minutes=5)
 _SCRATCH: Final = "scratch database of `opa-quotes backup --verify`"
-_HALF: Final = "opa-quotes: a restore into this database did not finish; drop it"
 #: Longest wait of pg_dump for one table that somebody has locked.
 _LOCK_WAIT: Final = "60s"
 
@@ -123,7 +123,7 @@ def restore(
                     # Its jobs go on, and change what rollups show of late quotes.
                     expected = (await repository.content(connection)).without_bars()
             restored, differences = await _restore(
-                file, url, settings, owner=owner, grants=grant or [], expected=expected
+                file, url, settings, owner=owner, grants=grant or [], expected=expected, data_dir=data_dir
             )
         _tell(restored | {"differences": differences}, as_json=as_json)
         if differences:
@@ -472,7 +472,14 @@ def _privileges(script: str) -> list[tuple[str, str]]:
 
 
 async def _restore(
-    file: Path, url: str, settings: Settings, *, owner: str | None, grants: list[str], expected: Content | None
+    file: Path,
+    url: str,
+    settings: Settings,
+    *,
+    owner: str | None,
+    grants: list[str],
+    expected: Content | None,
+    data_dir: Path | None,
 ) -> tuple[dict[str, Any], list[str] | None]:
     """Restore into an empty database; what was restored, and in what it departs from what was expected.
 
@@ -482,11 +489,15 @@ async def _restore(
     host = await repository.writing_host(url)
     differences = None
     async with RestoreRepository.open(host, settings) as target:
-        archive, of = await _checked(file, target, owner, grants)
+        with _and_so("" if data_dir is None else f"Nothing was restored into {data_dir}."):
+            archive, of = await _checked(file, target, owner, grants)
         timescaledb = archive.timescaledb is not None
-        await target.say(_HALF)
+        await target.say(HALF_RESTORED)
+        half = "The database is restored half way, which its comment says: drop it and try again."
+        if data_dir is not None:
+            half = f"The database is restored half way: remove the directory {data_dir} and try again."
         try:
-            with remarks.status("restore") as status:
+            with _and_so(half), remarks.status("restore") as status:
                 granted, missing = await _load(archive, target, host, of)
                 if expected is not None:
                     status.update("compare")
@@ -502,13 +513,9 @@ async def _restore(
                     await target.require_working_jobs()
                 await archive.load(host, _is_revision)
                 await target.say(None)
-        except BaseException as error:
+        except BaseException:
             if timescaledb:
                 await asyncio.shield(_leave_restoring(host, settings))
-            if isinstance(error, QuotesError):
-                raise BackupError(
-                    f"{error.detail} The database is restored half way, which its comment says: drop it and try again."
-                ) from error
             raise
     if missing:
         remarks.print(
@@ -520,6 +527,15 @@ async def _restore(
         "timescaledb": archive.timescaledb, "jobs": 0 if archive.jobs is None else len(archive.jobs.rows),
         "seconds": round(time.monotonic() - began, 1),
     }, differences  # fmt: skip
+
+
+@contextmanager
+def _and_so(sentence: str) -> Iterator[None]:
+    """Add to an error what is left of it."""
+    try:
+        yield
+    except QuotesError as error:
+        raise BackupError(f"{error.detail} {sentence}".strip()) from error
 
 
 async def _held(archive: _Archive, target: RestoreRepository) -> Content:

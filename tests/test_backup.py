@@ -525,7 +525,7 @@ async def test_a_restore_that_fails_half_way_says_so(lane: Lane, empty_url: str,
         assert "did not finish; drop it" in await refused("restore", file, *arguments)
         assert await ask(url, "SELECT coalesce(current_setting('timescaledb.restoring', true), 'off')") == "off"
         # No service takes it for a store.
-        with pytest.raises(StartupError, match="a restore into it did not finish"):
+        with pytest.raises(StartupError, match=r"^A restore into this database did not finish"):
             await migrate(url, lane.make_settings())
         health = Health(SystemRepository(Database(url, lane.make_settings())), lane.make_settings(), head())
         assert (await health.report()).status == "unhealthy"
@@ -598,6 +598,32 @@ async def test_a_password_is_in_the_environment_only(store: tuple[_Cluster, str]
         assert given == "it's secret"
         assert "secret" not in arguments
         assert "--dbname=postgresql://quotes@/quotes?host=" in arguments
+
+
+async def test_a_restore_that_failed_before_its_first_table_is_no_store(
+    store: tuple[_Cluster, str], shared_dir: Path, tmp_path: Path
+) -> None:
+    """Of the embedded PostgreSQL there is a directory to remove, and no database to drop."""
+    file, broken = tmp_path / "quotes.dump", tmp_path / "bin"
+    await backed_up("backup", file, url=store[1])
+    broken.mkdir()
+    directory = shared_dir / f"restored {random_symbol()}"
+    told = await refused("restore", tmp_path / "none.dump", "--data-dir", directory)
+    assert told.endswith(f"No such file or directory. Nothing was restored into {directory}.")
+    # Whatever restores entries, and does not only list them, fails.
+    fails = 'case "$*" in *--exit-on-error*) echo "pg_restore: error: no" >&2; exit 1 ;; esac'
+    shim(broken / "pg_restore", f'{fails}; exec {PROGRAMS}/pg_restore "$@"')
+    async with fresh_database(store[1]) as url:
+        told = await refused("restore", file, "--into", url, path=broken)
+        assert "which its comment says: drop it" in told
+        assert await ask(url, "SELECT to_regclass('quotes.real_time') IS NULL")
+        with pytest.raises(StartupError, match=r"^A restore into this database did not finish\. Drop it and restore"):
+            await migrate(url, Lane("postgresql", url, "").make_settings())
+        assert await ask(url, "SELECT to_regnamespace('quotes') IS NULL")
+    told = await refused("restore", file, "--data-dir", directory, path=broken)
+    assert told.endswith(f"The database is restored half way: remove the directory {directory} and try again.")
+    told = await refused("migrate", "--data-dir", directory)
+    assert told.startswith(f"A restore into this data directory did not finish. Remove {directory} and restore again")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ UNRELEASED_STORE: Final = (
     "This store was made before the first release, with rows that cannot be converted in place; read its quotes with"
     " the version that made it, and load them into an empty database with this one, as the page on upgrades says."
 )
+#: Comment on a database whose restore has begun and not ended, whatever it has got to.
+HALF_RESTORED: Final = "opa-quotes: a restore into this database did not finish; drop it"
 #: One row: server version, TimescaleDB version or NULL, TimescaleDB licence or NULL.
 DETECT: Final = """
 SELECT current_setting('server_version') AS postgresql,

@@ -29,7 +29,7 @@ from app.clock import rfc3339
 from app.db import embedded, programs
 from app.db.capability import HALF_RESTORED
 from app.errors import BackupError, QuotesError
-from app.maintain import DataDir, Json, store
+from app.maintain import DataDir, Json, a_file, a_path, store
 from app.repository import backup as repository
 from app.repository.backup import Content, Job, RestoreRepository
 from app.settings import Duration, Settings
@@ -54,7 +54,12 @@ Every = Annotated[str | None, typer.Option(help="Go on, a dump each time the new
 
 
 def backup(
-    target: Annotated[Path, typer.Argument(help="A new file, or a directory, in which the file is named by the time.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            parser=a_path, metavar="TARGET", help="A new file, or a directory, in which the file is named by the time."
+        ),
+    ],
     *,
     keep: Keep = None,
     verify: Annotated[
@@ -65,8 +70,10 @@ def backup(
     as_json: Json = False,
 ) -> None:
     """Dump the store into one file, while it is used; exit 0 if it is whole, 1 if not or if it differs."""
-    if (keep is not None or every is not None) and not target.is_dir():
-        raise typer.BadParameter("--keep and --every are for a directory, which exists.")
+    with _file_errors(target):
+        is_directory = target.is_dir()
+    if (keep is not None or every is not None) and not is_directory:
+        raise typer.BadParameter(f"--keep and --every are for a directory, and {target} is none: `mkdir` makes one.")
     pause = None if every is None else _interval(every)
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
 
@@ -80,7 +87,10 @@ def backup(
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(help="A dump made by `backup` or `pg_dump --format=custom`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=a_file, metavar="FILE", help="A dump made by `backup` or `pg_dump --format=custom`."),
+    ],
     *,
     into: Annotated[str | None, typer.Option(help="URL of the database, which is empty.", show_default=False)] = None,
     create: Annotated[bool, typer.Option("--create", help="Create the database first.")] = False,
@@ -97,7 +107,10 @@ def restore(
         str | None, typer.Option(help="URL of a store to compare with, which rests meanwhile.", show_default=False)
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Instead of --into: a new directory of an embedded PostgreSQL.")
+        Path | None,
+        typer.Option(
+            parser=a_path, metavar="PATH", help="Instead of --into: a new directory of an embedded PostgreSQL."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -36,7 +36,7 @@ from app.db.engine import Database
 from app.errors import QuotesError
 from app.health import Health, Report, unreachable
 from app.lines import Encoding
-from app.maintain import DataDir, Json
+from app.maintain import DataDir, Json, a_file
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
 from app.settings import Settings
@@ -270,7 +270,10 @@ async def _post(client: httpx.AsyncClient, url: str, body: bytes) -> tuple[str, 
 
 @app.command()
 def load(
-    files: Annotated[list[Path], typer.Argument(help="CSV, NDJSON or Parquet; `.gz` too for text.", exists=True)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(parser=a_file, metavar="FILES...", help="CSV, NDJSON or Parquet; `.gz` too for text."),
+    ],
     url: Annotated[str, typer.Option(help="Address of the service.")] = DEFAULT_URL,
     *,
     file_format: Annotated[
@@ -295,9 +298,13 @@ def load(
         list[str] | None, typer.Option("--map", help="FIELD=COLUMN, as in price=Close; repeatable.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Quotes in one request.")] = 10_000,
-    state: Annotated[Path | None, typer.Option(help="File that remembers how far a load came.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(parser=a_file, metavar="FILE", help="File that remembers how far a load came.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an earlier load of the file ended.")] = True,
-    rejects: Annotated[Path | None, typer.Option(help="File for the rows that were refused.")] = None,
+    rejects: Annotated[
+        Path | None, typer.Option(parser=a_file, metavar="FILE", help="File for the rows that were refused.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Load files into a running service; refused rows go to a file beside them, an interrupted load goes on."""

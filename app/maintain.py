@@ -78,7 +78,25 @@ def _range(start: str | None, end: str | None) -> tuple[datetime | None, datetim
     return low, high
 
 
-DataDir = Annotated[Path | None, typer.Option(help="Directory of the embedded PostgreSQL.", show_default=False)]
+def a_path(text: str) -> Path:
+    """A path as it was given: an empty one is a variable that is not set, and does not mean the working directory."""
+    if not text or text != text.encode(errors="replace").decode():
+        raise typer.BadParameter("a path is not empty, and in UTF-8")
+    return Path(text)
+
+
+def a_file(text: str) -> Path:
+    """The path of a file, which has a name; `/` and `.` have none."""
+    path = a_path(text)
+    if not path.name:
+        raise typer.BadParameter(f"{path} is a directory")
+    return path
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(parser=a_path, metavar="PATH", help="Directory of the embedded PostgreSQL.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Start = Annotated[str | None, typer.Option(help="Begin of the range, UTC unless it says otherwise.")]
 End = Annotated[str | None, typer.Option(help="End of the range, exclusive.")]

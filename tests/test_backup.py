@@ -26,8 +26,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
+from typer.testing import CliRunner
 
-from app import backup
+from app import backup, cli
 from app.clock import Nanoseconds, nanoseconds
 from app.db import programs
 from app.db.capability import Level
@@ -566,12 +567,44 @@ async def test_what_cannot_be_is_refused_by_a_sentence(store: tuple[_Cluster, st
             (("restore", file, "--into", url, "--verify"), "`backup --verify` writes it"),
             (("backup", file), f"{file} exists, and a backup overwrites nothing."),
             (("backup", tmp_path / "none" / "quotes.dump"), "No such file or directory"),
+            (("backup", tmp_path / ("x" * 300)), "File name too long"),
+            (("restore", "x" * 300, "--into", url), "File name too long"),
+            (("restore", "x" * 300, "--into", url, "--verify"), "cannot be read: `backup --verify` writes it"),
         ]
         told = await asyncio.gather(*(refused(*arguments, url=store[1]) for arguments, _ in cases))
         assert [
             (arguments, said) for (arguments, sentence), said in zip(cases, told, strict=True) if sentence not in said
         ] == []
         assert "There are no quotes in this database" in await refused("backup", tmp_path, url=url)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("backup", ""),
+        ("backup", b"\xff.dump"),
+        ("backup", "none", "--keep", "7"),
+        ("backup", "a.dump", "--data-dir", ""),
+        ("restore", "", "--verify", "--into", "postgresql://localhost/quotes"),
+        ("restore", "/", "--verify", "--into", "postgresql://localhost/quotes"),
+        ("restore", "a.dump", "--data-dir", ""),
+        ("load", ""),
+        ("load", "."),
+        ("load", b"\xff.csv", "--json"),
+        ("load", "a.csv", "--state", ""),
+        ("load", "a.csv", "--rejects", "/"),
+        ("maintain", "show", "--data-dir", ""),
+    ],
+)
+def test_a_path_that_is_none_is_refused(
+    arguments: tuple[str | bytes, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is a variable that was not set; as the working directory it would be filled with dumps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUOTES_DATABASE_URL", "postgresql://localhost/quotes")
+    ended = CliRunner().invoke(cli.app, [os.fsdecode(argument) for argument in arguments])
+    assert ended.exit_code == 2, ended.output
+    assert names(tmp_path) == []
 
 
 async def test_a_full_disk_leaves_no_file(store: tuple[_Cluster, str], tmp_path: Path) -> None:

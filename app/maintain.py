@@ -1,7 +1,8 @@
 """`opa-quotes maintain`: what background policies do, by hand, and what an operator asks for besides.
 
 Invariant: what a verb did is one JSON document with `--json`, on stdout; progress and remarks go to stderr. What
-the server's level does not have is said, in `cannot`, and where it was all that was asked for the status is 1.
+the server's level does not have is said, in `cannot`, and where it was all that was asked for the status is 1. A chunk
+that is in use all the time stops no other one; it is told, in `skipped`, with who uses it, and the status is 1.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from app.db import embedded
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.facts import shown
-from app.errors import DatabaseUnavailable, InvalidRequest, StartupError
+from app.errors import DatabaseUnavailable, InvalidRequest, QuotesLocked, StartupError
 from app.repository.maintenance import Change, Loss, MaintenanceRepository, Window, batches
 from app.repository.storage import Chunk, StorageRepository
 from app.settings import Settings, fault_of, span
@@ -34,6 +35,8 @@ from app.settings import Settings, fault_of, span
 app = typer.Typer(help="Columnstore, rollups, retention: show, and do by hand what policies do.", no_args_is_help=True)
 remarks = Console(stderr=True)
 
+#: Columns of a page that nobody looks at: wider than any table here.
+_WIDE: Final = 1000
 #: Bytes of rows that a second rewrites: 170 a quote at 0.4 to 0.7 M quotes a second.
 _REWRITTEN: Final = 80_000_000
 _NO_COLUMNSTORE: Final = "no columnstore: quotes stay in rows"
@@ -55,6 +58,7 @@ class Outcome:
     level: Level
     done: list[dict[str, Any]] = field(default_factory=list)
     cannot: list[str] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
 
@@ -148,7 +152,7 @@ def _run(
     if as_json:
         document = {
             "verb": outcome.verb, "level": str(outcome.level), "dry_run": outcome.dry_run,
-            "done": outcome.done, "cannot": outcome.cannot, **outcome.notes,
+            "done": outcome.done, "cannot": outcome.cannot, "skipped": outcome.skipped, **outcome.notes,
         }  # fmt: skip
         _print(document)
     else:
@@ -156,17 +160,35 @@ def _run(
             table = Table(*(name.replace("_", " ") for name in outcome.done[0]))
             for row in outcome.done:
                 table.add_row(*("" if value is None else str(value) for value in row.values()))
-            Console().print(table)
+            _output().print(table)
         else:
-            remarks.print("Nothing to do." if not outcome.cannot else "Nothing was done.")
+            remarks.print("Nothing was done." if outcome.cannot or outcome.skipped else "Nothing to do.")
         for name, value in outcome.notes.items():
             remarks.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
         if outcome.dry_run:
             remarks.print("A dry run: nothing was changed.")
         for sentence in outcome.cannot:
             remarks.print(f"[yellow]level {outcome.level}:[/yellow] {sentence}", highlight=False)
-    if outcome.cannot and not outcome.done and verb in {"compress", "decompress", "reorder"}:
+        for row in outcome.skipped:
+            remarks.print(f"[yellow]skipped:[/yellow] {_skipped(row)}", highlight=False, soft_wrap=True)
+    if outcome.skipped or (outcome.cannot and not outcome.done and verb in {"compress", "decompress", "reorder"}):
         raise typer.Exit(1)
+
+
+def _skipped(row: dict[str, Any]) -> str:
+    pids = ", ".join(map(str, row["used_by"]))
+    why = f"is in use by the server process {pids}" if pids else "was left: older ones go first, or it is free again"
+    return f"{row['chunk']} of {row['start']} {why}."
+
+
+async def _skip(repository: MaintenanceRepository, outcome: Outcome, chunk: Chunk) -> None:
+    users = await repository.users(chunk)
+    outcome.skipped.append({"chunk": chunk.name, "start": rfc3339(chunk.start), "used_by": users})
+
+
+def _output() -> Console:
+    """What prints tables: where no terminal reads them as wide as they are, so that no name is cut."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
 
 
 def _print(document: object) -> None:
@@ -179,20 +201,24 @@ def _progress() -> Progress:
 
 
 async def _each(
+    repository: MaintenanceRepository,
     outcome: Outcome,
     chunks: Sequence[Chunk],
     step: Callable[[Chunk], Awaitable[bool]],
     told: Callable[[Chunk], dict[str, Any]],
 ) -> None:
-    """Do a step for each chunk, oldest first, in sight of who waits for it, and tell of those that were there."""
+    """Do a step for each chunk, oldest first, in sight of who waits for it; go on where one is in use, or gone."""
     with _progress() as progress:
         task = progress.add_task(outcome.verb, total=len(chunks))
         for chunk in chunks:
             progress.update(task, description=f"{outcome.verb} {rfc3339(chunk.start)}")
-            if await step(chunk):
-                outcome.done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **told(chunk)})
-            else:
-                outcome.notes["dropped_meanwhile"] = outcome.notes.get("dropped_meanwhile", 0) + 1
+            try:
+                if await step(chunk):
+                    outcome.done.append({"chunk": chunk.name, "start": rfc3339(chunk.start), **told(chunk)})
+                else:
+                    outcome.notes["dropped_meanwhile"] = outcome.notes.get("dropped_meanwhile", 0) + 1
+            except QuotesLocked:
+                await _skip(repository, outcome, chunk)
             progress.advance(task)
 
 
@@ -235,7 +261,7 @@ def show(
     if as_json:
         _print(found)
         return
-    console = Console()
+    console = _output()
     server = f"PostgreSQL {found['postgresql']}"
     if found["timescaledb"]:
         server += f", TimescaleDB {found['timescaledb']}"
@@ -300,7 +326,7 @@ def compress(
         due = await repository.due(datetime.now(UTC)) if low is None and high is None else await repository.chunks()
         chunks = _past([chunk for chunk in _within(due, low, high) if chunk.state != "columnstore"], outcome)
 
-        await _each(outcome, chunks, repository.compress, lambda chunk: {"was": chunk.state})
+        await _each(repository, outcome, chunks, repository.compress, lambda chunk: {"was": chunk.state})
         after = {chunk.name: chunk for chunk in await repository.chunks()}
         before = {chunk.name: chunk for chunk in chunks}
         for row in outcome.done:
@@ -328,7 +354,7 @@ def decompress(
             return
         chunks = _past([c for c in _within(await repository.chunks(), low, high) if c.state != "rowstore"], outcome)
 
-        await _each(outcome, chunks, repository.decompress, lambda chunk: {"was": chunk.state})
+        await _each(repository, outcome, chunks, repository.decompress, lambda chunk: {"was": chunk.state})
 
     _run(data_dir, work, "decompress", as_json=as_json)
 
@@ -363,14 +389,21 @@ def _tell_batch(progress: Progress, task: TaskID, rollup: str, batch: Window) ->
     progress.update(task, description=f"refresh {rollup} {rfc3339(batch.start)}", advance=1)
 
 
-async def _drop_chunks(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
+async def _drop_chunks(repository: MaintenanceRepository, now: datetime, outcome: Outcome) -> list[dict[str, Any]]:
     expired = await repository.expired(now)
     behind = {chunk.name for chunk in expired if await repository.behind(chunk)}
     left = set()
-    if not dry_run:
+    if not outcome.dry_run:
+        locked = False
         with remarks.status(f"drop {len(expired)} chunks"):
-            await repository.drop()
+            try:
+                await repository.drop()
+            except QuotesLocked:
+                locked = True
         left = {chunk.name for chunk in await repository.chunks()}
+        for chunk in [chunk for chunk in expired if chunk.name in left] if locked else []:
+            # They go in the order of time, as `dropped_before` is one moment: later ones wait for the one in use.
+            await _skip(repository, outcome, chunk)
     return [
         {
             "chunk": chunk.name, "start": rfc3339(chunk.start), "end": rfc3339(chunk.end), "bytes": chunk.bytes,
@@ -380,9 +413,9 @@ async def _drop_chunks(repository: MaintenanceRepository, now: datetime, *, dry_
     ]  # fmt: skip
 
 
-async def _delete_rows(repository: MaintenanceRepository, now: datetime, *, dry_run: bool) -> list[dict[str, Any]]:
+async def _delete_rows(repository: MaintenanceRepository, now: datetime, outcome: Outcome) -> list[dict[str, Any]]:
     rows = 0
-    if dry_run:
+    if outcome.dry_run:
         rows = await repository.expired_rows(now)
     else:
         with remarks.status("delete") as status:
@@ -408,7 +441,7 @@ def drop(*, dry_run: DryRun = False, data_dir: DataDir = None, as_json: Json = F
         if outcome.level < Level.COMMUNITY:
             outcome.cannot.append(_NO_ROLLUPS)
         take = _drop_chunks if outcome.level >= Level.APACHE else _delete_rows
-        outcome.done = await take(repository, now, dry_run=dry_run)
+        outcome.done = await take(repository, now, outcome)
 
     _run(data_dir, work, "drop", as_json=as_json)
 
@@ -430,7 +463,7 @@ def reorder(*, start: Start = None, end: End = None, data_dir: DataDir = None, a
         ]
         chunks = _past(chunks, outcome)
 
-        await _each(outcome, chunks, repository.reorder, lambda chunk: {"bytes": chunk.bytes})
+        await _each(repository, outcome, chunks, repository.reorder, lambda chunk: {"bytes": chunk.bytes})
 
     _run(data_dir, work, "reorder", as_json=as_json)
 
@@ -469,10 +502,11 @@ def apply(
         loss = None if wanted.retention == facts.retention else await repository.loss(wanted, now)
         if loss is not None:
             outcome.notes["will_be_dropped"] = _told(loss, outcome.level)
-            remarks.print(f"Will be dropped: {outcome.notes['will_be_dropped']}", highlight=False)
             asked = not (dry_run or yes) and not as_json and sys.stdin.isatty()
-            if not (dry_run or yes) and not (asked and typer.confirm("Change it?", err=True)):
-                raise InvalidRequest("Nothing was changed. --yes changes it.")
+            if not (dry_run or yes):
+                remarks.print(f"will be dropped: {outcome.notes.pop('will_be_dropped')}", highlight=False)
+                if not (asked and typer.confirm("Change it?", err=True)):
+                    raise InvalidRequest("Nothing was changed. --yes changes it.")
         if changes and not dry_run:
             await repository.apply(wanted, now)
         outcome.done = [_change(change) for change in changes]
@@ -483,7 +517,8 @@ def apply(
 def _told(loss: Loss, level: Level) -> str:
     chunks = f"{len(loss.chunks)} chunks with " if loss.chunks else ""
     bars = "their bars stay" if level >= Level.COMMUNITY else "their bars go with them"
-    return f"{chunks}about {loss.rows:,} quotes before {rfc3339(loss.before)}; {bars}."
+    when = "by `maintain drop`, or by the job within the hour" if level >= Level.COMMUNITY else "by `maintain drop`"
+    return f"{chunks}about {loss.rows:,} quotes before {rfc3339(loss.before)}, {when}; {bars}."
 
 
 def _change(change: Change) -> dict[str, Any]:

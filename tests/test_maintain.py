@@ -20,13 +20,14 @@ from anyio import to_thread
 from typer.testing import CliRunner, Result
 
 from app import cli
-from app.clock import EPOCH, FIRST, LAST, Instant, Nanoseconds, nanoseconds
+from app.clock import EPOCH, FIRST, LAST, Instant, Nanoseconds, nanoseconds, rfc3339
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.migrate import downgrade, migrate
 from app.errors import DatabaseUnavailable, InvalidQuotes, InvalidRequest, SettingsChanged
 from app.main import create_app
+from app.repository import maintenance
 from app.repository.bars import Bar, BarPrice
 from app.repository.maintenance import MaintenanceRepository, Window
 from app.repository.quotes import QuoteRepository
@@ -177,6 +178,38 @@ async def test_compress_and_decompress_change_no_answer(store: Store) -> None:
     assert len(answer["done"]) == 1
     assert (await StorageRepository(store.database).look()).count("columnstore") == 2
     assert [quote.to_dict() for quote in await store.quotes.get_quotes(*span, limit=10_000)] == expected
+
+
+@pytest.mark.concurrent
+async def test_a_chunk_in_use_stops_no_other_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("no columnstore")
+    monkeypatch.setattr(maintenance, "_LOCK_MS", 200)
+    monkeypatch.setattr(maintenance, "_TRIES", 2)
+    start = (NOW - 40 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 3)
+    async with store.database.dedicated() as other:
+        (chunk, *_) = (await StorageRepository(store.database).look()).chunks
+        pid = other.get_server_pid()
+        async with other.transaction():
+            await other.execute(f"LOCK TABLE {chunk.name} IN ACCESS EXCLUSIVE MODE")
+            shown = (await store.maintain("show"))["chunks"]["newest"]
+            assert [row["locked_by"] for row in shown] == [None, None, pid]
+            assert all(row["bytes"] > 0 for row in shown[:2])
+            skipped = [{"chunk": chunk.name, "start": rfc3339(chunk.start), "used_by": [pid]}]
+            for verb, done in (("reorder", 2), ("compress", 2)):
+                answer = await store.maintain(verb, code=1)
+                assert (len(answer["done"]), answer["skipped"]) == (done, skipped)
+            told = await to_thread.run_sync(lambda: store.invoke("compress"))
+            assert f"is in use by the server process {pid}." in told.stderr
+            await store.maintain("apply", "--retention", "30 days", "--compress-after", "20 days", "--yes")
+            answer = await store.maintain("drop", code=1)
+            assert (answer["done"], answer["skipped"][0]) == ([], skipped[0])
+            assert len(answer["skipped"]) == 3, "they go in the order of time"
+    answer = await store.maintain("drop")
+    assert (len(answer["done"]), answer["skipped"]) == (3, [])
 
 
 async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store: Store) -> None:
@@ -435,6 +468,9 @@ async def test_a_shorter_retention_says_first_what_goes(store: Store) -> None:
     assert len(bars) == 4
     planned = await store.maintain("apply", "--retention", "45 days", "--dry-run")
     assert "quotes before" in planned["will_be_dropped"]
+    assert ("by the job within the hour" in planned["will_be_dropped"]) == (level >= Level.COMMUNITY)
+    people = await to_thread.run_sync(lambda: store.invoke("apply", "--retention", "45 days", "--dry-run"))
+    assert people.output.count("will be dropped") == 1
     assert ("their bars stay" in planned["will_be_dropped"]) == (level >= Level.COMMUNITY)
     refused = await to_thread.run_sync(lambda: store.invoke("apply", "--retention", "45 days"))
     assert isinstance(refused.exception, InvalidRequest)
@@ -603,7 +639,11 @@ async def test_on_the_embedded_database_stopped_and_running(shared_dir: Path) ->
 
 async def test_tables_for_people(store: Store) -> None:
     await store.fill("AAA", (NOW - 40 * DAY).replace(hour=0), 1)
-    environment = {"QUOTES_DATABASE_URL": store.url, "QUOTES_POOL_SIZE": str(store.settings.pool_size)}
+    environment = {
+        "QUOTES_DATABASE_URL": store.url, "QUOTES_POOL_SIZE": str(store.settings.pool_size), "COLUMNS": "60"
+    }  # fmt: skip
     for verb in ("show", "refresh", "apply", "drop"):
+        # Nothing is cut where no terminal is narrow.
         result = await to_thread.run_sync(partial(CliRunner().invoke, cli.app, ["maintain", verb], env=environment))
         assert result.exit_code == 0, result.output
+        assert "…" not in result.stdout

@@ -35,7 +35,10 @@ class Compression(BaseModel):
 
 
 class ChunkSize(BaseModel):
-    """One chunk; `end` is exclusive."""
+    """One chunk; `end` is exclusive.
+
+    `locked_by` is the server process that keeps all others from it; its bytes are then those that were last counted.
+    """
 
     name: str
     start: AwareDatetime
@@ -45,6 +48,7 @@ class ChunkSize(BaseModel):
     before_bytes: int | None
     after_bytes: int | None
     ratio: float | None
+    locked_by: int | None
 
 
 class ChunkList(BaseModel):
@@ -158,4 +162,5 @@ def _chunk(chunk: Chunk) -> dict[str, Any]:
         "before_bytes": chunk.before,
         "after_bytes": chunk.after,
         "ratio": round(chunk.before / chunk.after, 2) if chunk.before and chunk.after else None,
+        "locked_by": chunk.locked_by,
     }

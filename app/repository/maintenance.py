@@ -18,7 +18,7 @@ import asyncpg
 from app.db.capability import Capability, Level
 from app.db.engine import Connection, Database, detect, read_facts
 from app.db.facts import Facts
-from app.errors import DatabaseRefused, DatabaseUnavailable
+from app.errors import DatabaseRefused, DatabaseUnavailable, QuotesLocked
 from app.repository import storage
 from app.repository.storage import Chunk
 from app.settings import DAY as _DAY
@@ -65,6 +65,12 @@ FROM pg_class WHERE oid = $1::text::regclass
 """
 
 _OLDEST: Final = "SELECT min(first_timestamp) FROM quotes.latest"
+#: Server processes that use a table.
+_USERS: Final = """
+SELECT coalesce(array_agg(DISTINCT pid), '{}') FROM pg_locks
+WHERE locktype = 'relation' AND relation = $1::text::regclass AND granted AND pid <> pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 _BEHIND: Final = "SELECT quotes.bars_behind($1, $2)"
 _DELETE: Final = """
 WITH old AS (SELECT timestamp, nanos FROM quotes.real_time
@@ -168,7 +174,7 @@ class MaintenanceRepository:
 
     async def _rows(self, chunk: Chunk) -> int:
         try:
-            if chunk.state == "rowstore" and chunk.rows is None:  # nobody has looked at it yet
+            if chunk.state == "rowstore" and chunk.rows is None and chunk.locked_by is None:  # nobody has looked yet
                 counted: int = await self._connection.fetchval(f"SELECT count(*) FROM {chunk.name}")
                 return counted
             estimated: int = await self._connection.fetchval(_ESTIMATE, chunk.name)
@@ -186,6 +192,11 @@ class MaintenanceRepository:
             "SELECT count(*) FROM quotes.real_time WHERE timestamp < $1", cutoff
         )
         return count
+
+    async def users(self, chunk: Chunk) -> list[int]:
+        """The server processes that use a chunk now, which whoever rewrites it has to wait for."""
+        found: list[int] = await self._connection.fetchval(_USERS, chunk.name)
+        return found
 
     # --- columnstore ---
 
@@ -382,17 +393,20 @@ class MaintenanceRepository:
         """Run a statement that takes a strong lock, giving way to who is in line each time it does not get it.
 
         Raises:
-            DatabaseUnavailable: something held on to the chunk all the time, or failed it `again` and again.
+            QuotesLocked: something held on to the chunk all the time, or failed it `again` and again.
+            DatabaseRefused: the server refuses it, as to a role that does not own the table.
         """
         for attempt in range(1, _TRIES + 1):
             try:
                 await self._connection.execute(statement)
             except (asyncpg.LockNotAvailableError, again) as error:
                 if attempt == _TRIES:
-                    raise DatabaseUnavailable(
+                    raise QuotesLocked(
                         "What this works on is in use all the time; run the same command later."
                     ) from error
                 await asyncio.sleep(attempt)
+            except asyncpg.InsufficientPrivilegeError as error:
+                raise DatabaseRefused(f"The role of the URL may not: {str(error).splitlines()[0]}.") from error
             except asyncpg.RaiseError as error:
                 raise DatabaseRefused(f"Nothing more was dropped: {error}.") from error
             else:

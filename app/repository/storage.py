@@ -20,16 +20,35 @@ ChunkState = Literal["rowstore", "columnstore", "partial"]
 #: `partial` is a chunk of the columnstore that holds late rows until it is compressed again.
 STATES: Final[tuple[ChunkState, ...]] = ("rowstore", "columnstore", "partial")
 
+# Who keeps all others from a table, or is the next to: reads of its size wait for either.
+_HOLDERS: Final = """
+SELECT relation, (array_agg(pid ORDER BY granted DESC, pid))[1] AS pid FROM pg_locks
+WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+GROUP BY relation
+"""
+#: Bytes of a table and of its indexes as the server last counted them, without a lock.
+_COUNTED: Final = """
+SELECT coalesce(sum(relpages), 0)::bigint * current_setting('block_size')::bigint AS bytes,
+       coalesce(sum(relpages) FILTER (WHERE relkind = 'i'), 0)::bigint * current_setting('block_size')::bigint
+       AS index_bytes
+FROM pg_class WHERE oid = {0} OR oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {0})
+"""
 # Files are looked at only where rows are written; what the columnstore wrote, it wrote down. To look at the files of
 # 730 chunks took four fifths of the time.
-_CHUNKS: Final = """
+_CHUNKS: Final = f"""
+WITH held AS MATERIALIZED ({_HOLDERS})
 SELECT name::text, range_start, range_end, status, (SELECT reltuples::bigint FROM pg_class WHERE oid = name) AS rows,
-       CASE WHEN status <> 1 THEN pg_total_relation_size(name) ELSE 0 END AS bytes,
-       CASE WHEN status <> 1 THEN pg_indexes_size(name) ELSE 0 END AS index_bytes
+       CASE WHEN status = 1 THEN 0 WHEN pid IS NULL THEN pg_total_relation_size(name)
+            ELSE (SELECT bytes FROM ({_COUNTED.format("name")}) counted) END AS bytes,
+       CASE WHEN status = 1 THEN 0 WHEN pid IS NULL THEN pg_indexes_size(name)
+            ELSE (SELECT index_bytes FROM ({_COUNTED.format("name")}) counted) END AS index_bytes,
+       pid
 FROM timescaledb_information.chunks
 CROSS JOIN LATERAL (SELECT format('%I.%I', chunk_schema, chunk_name)::regclass) AS relation (name)
 CROSS JOIN LATERAL (SELECT CASE WHEN is_compressed THEN _timescaledb_functions.chunk_status(name) ELSE 0 END)
                    AS state (status)
+LEFT JOIN held ON held.relation = name
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
 ORDER BY range_start
 """
@@ -50,7 +69,8 @@ SELECT pg_total_relation_size(oid) AS bytes, pg_indexes_size(oid) AS index_bytes
 FROM pg_class WHERE oid = to_regclass($1)
 """
 # What has been materialised, in microseconds since 1970; the watermark lies before the calendar if nothing was.
-_ROLLUPS: Final = """
+_ROLLUPS: Final = f"""
+WITH held AS MATERIALIZED ({_HOLDERS})
 SELECT user_view_name::text AS name, CASE WHEN mark < -62135596800000000 THEN NULL
            ELSE _timescaledb_functions.to_timestamp(mark) END AS watermark,
        size.total_bytes AS bytes, size.index_bytes,
@@ -92,7 +112,8 @@ ORDER BY job.job_id
 class Chunk:
     """One chunk of the raw quotes, `end` exclusive; `before` and `after` are bytes around its last compression.
 
-    `rows` is the server's estimate of what is in the rowstore.
+    `rows` is the server's estimate of what is in the rowstore. `locked_by` is the server process that keeps all others
+    from the chunk; its bytes are then those that the server last counted.
     """
 
     name: str
@@ -104,6 +125,7 @@ class Chunk:
     rows: int | None
     before: int | None
     after: int | None
+    locked_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +267,12 @@ async def chunks(connection: Connection, level: Level) -> list[Chunk]:
 async def _chunks(connection: Connection, level: Level) -> list[Chunk]:
     savings = {row[0]: row for row in await connection.fetch(_SAVINGS)} if level >= Level.COMMUNITY else {}
     found = []
-    for name, start, end, status, rows, size, index_size in await connection.fetch(_CHUNKS):
+    for name, start, end, status, rows, size, index_size, holder in await connection.fetch(_CHUNKS):
         _, before, after, after_index = savings.get(name, (name, None, None, None))
         found.append(
             Chunk(
                 name, start, end, _state(status), size + (after or 0), index_size + (after_index or 0),
-                rows if rows >= 0 else None, before, after,
+                rows if rows >= 0 else None, before, after, holder,
             )
         )  # fmt: skip
     return found

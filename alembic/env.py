@@ -13,10 +13,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db import embedded
 from app.db.capability import DETECT, HALF_RESTORED, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
+from app.db.facts import Facts, shown
 from app.db.hosts import find_primary, hosts_of
 from app.db.migrate import known, newer_schema
 from app.errors import StartupError
-from app.settings import Settings
+from app.settings import Settings, fault_of
 
 #: Longest wait for a statement in seconds, above what the server ends by itself: a server may also say nothing.
 COMMAND_TIMEOUT = 180
@@ -84,6 +85,19 @@ def _refuse_newer(connection: Connection) -> None:
     connection.commit()
 
 
+def _refuse_contradiction(connection: Connection, settings: Settings) -> None:
+    """A new store takes its settings from the environment, and where that is silent from what is built in."""
+    first = Facts.first(settings)
+    fault = fault_of(first.retention, first.chunk_interval, first.compress_after)
+    if fault and MigrationContext.configure(connection).get_current_revision() is None:
+        raise StartupError(
+            f"A new store cannot have these settings: {fault}. QUOTES_RETENTION is {shown(first.retention)},"
+            f" QUOTES_CHUNK_INTERVAL {shown(first.chunk_interval)}, QUOTES_COMPRESS_AFTER"
+            f" {shown(first.compress_after)}, as set or built in; nothing was migrated."
+        )
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     # Session settings, so that they hold for each migration's transaction.
     for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
@@ -106,6 +120,7 @@ def _run(connection: Connection) -> None:
         _refuse_unreleased(connection)
         _refuse_half_restored(connection)
         _refuse_newer(connection)
+        _refuse_contradiction(connection, settings)
         context.config.attributes.update(capability=capability, settings=settings)
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

@@ -314,7 +314,12 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.read_database_url is not None and self.database_url is None:
             raise ValueError("read_database_url names replicas of database_url, which is not set")
-        fault = fault_of(self.effective_retention, self.chunk_interval, self.compress_after)
+        # What the store has counts; so only those are compared that are told, each other one standing for what fits.
+        told = self.model_fields_set
+        retention = self.retention if "retention" in told else None
+        interval = self.chunk_interval if "chunk_interval" in told else timedelta(minutes=1)
+        compress = self.compress_after if "compress_after" in told else interval
+        fault = fault_of(retention, interval, compress)
         if fault is not None:
             raise ValueError(fault)
         return self

@@ -4,12 +4,13 @@ import asyncio
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import asyncpg
 import pytest
+from pydantic import ValidationError
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.schema import CreateTable
 
@@ -20,6 +21,7 @@ from app.db.models import RealTimeQuote
 from app.errors import DatabaseRefused, DatabaseUnavailable, StartupError
 from app.quote.fields import COLUMNS, PRICES, SIZES
 from app.repository.quotes import QuoteRepository
+from app.settings import Settings
 from tests.conftest import Lane
 
 CATALOG = """
@@ -144,6 +146,25 @@ async def test_a_required_level_is_never_silently_reduced(lane: Lane, database: 
     with pytest.raises(StartupError, match=f"{level}, community is required"):
         await migrate(empty_url, lane.make_settings(require_timescaledb="community"))
     assert await catalog(empty_url) == []
+
+
+async def test_first_settings_are_those_that_are_told_and_a_new_store_needs_them_to_agree(
+    lane: Lane, empty_url: str
+) -> None:
+    """What a process is told may agree with the store, and not with what is built in for a new one."""
+    told = {"retention": None, "database_url": empty_url, "compress_after": timedelta(days=3 * 365)}
+    await migrate(empty_url, lane.make_settings(**told))
+    values = {name: value for name, value in told.items() if name != "retention"}
+    silent = Settings(_env_file=None, require_timescaledb="none", **values)  # type: ignore[arg-type]
+    await migrate(empty_url, silent)
+    await downgrade(empty_url, silent)
+    with pytest.raises(StartupError, match=r"shorter than retention\. QUOTES_RETENTION is 730 days, .* 1095 days, as"):
+        await migrate(empty_url, silent)
+    assert await catalog(empty_url) == []
+    with pytest.raises(ValidationError, match="compress_after must be shorter than retention"):
+        Settings(_env_file=None, retention=timedelta(days=90), compress_after=timedelta(days=90))  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="at least four days"):
+        Settings(_env_file=None, retention=timedelta(days=3))  # type: ignore[call-arg]
 
 
 async def test_the_model_has_the_columns_of_the_table(database: Database) -> None:

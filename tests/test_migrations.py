@@ -162,9 +162,9 @@ async def test_first_settings_are_those_that_are_told_and_a_new_store_needs_them
         await migrate(empty_url, silent)
     assert await catalog(empty_url) == []
     with pytest.raises(ValidationError, match="compress_after must be shorter than retention"):
-        Settings(_env_file=None, retention=timedelta(days=90), compress_after=timedelta(days=90))  # type: ignore[call-arg]
+        Settings(_env_file=None, retention=timedelta(days=90), compress_after=timedelta(days=90))
     with pytest.raises(ValidationError, match="at least four days"):
-        Settings(_env_file=None, retention=timedelta(days=3))  # type: ignore[call-arg]
+        Settings(_env_file=None, retention=timedelta(days=3))
 
 
 async def test_the_model_has_the_columns_of_the_table(database: Database) -> None:

@@ -45,6 +45,8 @@ from app.settings import Settings
 _GRACE: Final = timedelta(seconds=5)
 #: Longer than the pools of usual clients and proxies keep a connection, so that none is closed under a request.
 _KEEP_ALIVE: Final = 75
+#: Server processes; each takes some 100 MB, and connections of its own.
+_MOST_WORKERS: Final = 256
 #: Exit status of a healthy store whose supervisor did not take the report.
 _UNREPORTED: Final = 3
 
@@ -119,7 +121,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="8000")] = None,
     data_dir: DataDir = None,
-    workers: Annotated[int, typer.Option(min=1, help="Server processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=_MOST_WORKERS, help="Server processes.")] = 1,
 ) -> None:
     """Run the service. Without QUOTES_DATABASE_URL it brings its own PostgreSQL, whose data stay."""
     settings = _settings(host=host, port=port, data_dir=data_dir)

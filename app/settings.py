@@ -103,11 +103,14 @@ def url_fault(url: str) -> str | None:
         return _NOT_ENCODED
     if listed and not all(_HOST.fullmatch(host) for host in listed.split(",")):
         return f"must name its hosts as host or host:port, and {_NOT_ENCODED}"
+    if any(int(host.rpartition(":")[2]) > _LAST_PORT for host in listed.split(",") if _WITH_PORT.search(host)):
+        return f"must have ports of at most {_LAST_PORT}"
     try:
         query = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
     except ValueError:
         return f"must have pairs of name=value behind the `?`, and {_NOT_ENCODED}"
-    if not all(_PORT.fullmatch(port) for port in query.get("port", "").split(",")):
+    ports = query.get("port", "").split(",")
+    if not all(_PORT.fullmatch(port) and int(port or 0) <= _LAST_PORT for port in ports):
         return "must have a number for `port`"
     if query.get("sslmode", "prefer") not in _SSL_MODES:
         return f"must have one of these for `sslmode`: {', '.join(_SSL_MODES)}"
@@ -119,6 +122,8 @@ _PERCENT: Final = re.compile("%(?![0-9A-Fa-f]{2})")
 _PORT: Final = re.compile("[0-9]{0,5}")
 #: A name or an address, or a directory of sockets in percent-encoding.
 _HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.%-]+)(?::[0-9]{1,5})?")
+_WITH_PORT: Final = re.compile(r":[0-9]{1,5}$")
+_LAST_PORT: Final = 65_535
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SPAN: Final[TypeAdapter[timedelta | None]] = TypeAdapter(Annotated[timedelta | None, BeforeValidator(_retention)])
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]

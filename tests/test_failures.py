@@ -53,6 +53,8 @@ async def behind(served: str) -> AsyncIterator[Proxy]:
         "u:hunter2@localhost/x",
         "hunter2",
         "postgresql://u:hunter@2@localhost/x",
+        "postgresql://u:hunter2@localhost:99999/x",
+        "postgresql://u:hunter2@localhost/x?port=99999",
         "postgresql://u:hunter/2@localhost/x",
         "postgresql://u:hunter?2@localhost/x",
         "postgresql://u:hunter#2@localhost/x",

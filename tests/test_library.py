@@ -600,3 +600,20 @@ async def test_the_runbook_of_stale_quotes_lists_the_stale_symbols(
     named = [name for row in rows for name in row["some"]]
     assert stale in named
     assert fresh not in named
+
+
+async def test_settings_of_the_environment_that_are_wrong_are_a_sentence(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUOTES_POOL_SIZE", "abc")
+    with pytest.raises(InvalidRequest, match="QUOTES_POOL_SIZE"):
+        async with QuoteRepository.open(lane.url):
+            pass
+
+
+async def test_a_table_of_text_that_is_no_utf8_is_refused(quotes: QuoteRepository) -> None:
+    offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0")
+    symbols = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    table = pa.table({"symbol": symbols, "timestamp": pa.array([0], pa.timestamp("us", "UTC")), "price": [1]})
+    with pytest.raises(InvalidRequest, match="Arrow"):
+        await quotes.bulk_insert(table)

@@ -212,6 +212,13 @@ def test_a_service_that_cannot_start_says_so_to_its_supervisor(serve: Serve, sha
         assert "cannot start" in service.log.read_text()
 
 
+def test_no_more_workers_than_a_machine_has_room_for(shared_dir: Path) -> None:
+    found = command("serve", "--workers", "100000000", "--data-dir", str(shared_dir / "not-begun"))
+    assert found.returncode == 2
+    assert "--workers" in found.stderr
+    assert not (shared_dir / "not-begun").exists()
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_begun(shared_dir: Path) -> None:
     data = shared_dir / "not-begun"
     with socket.create_server(("127.0.0.1", 0)) as taken:

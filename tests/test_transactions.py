@@ -30,6 +30,7 @@ from app.errors import (
     QueryTimeout,
     QuotesError,
     QuotesLocked,
+    SchemaMismatch,
     WriteTimeout,
 )
 from app.health import Health
@@ -245,6 +246,38 @@ async def test_a_write_runs_no_longer_than_it_may(lane: Lane, database: Database
         await transactions.run(lambda connection: connection.execute("SELECT pg_sleep(60)"), within=0.2, lock_timeout=1)
     assert time.monotonic() - asked < SOON
     assert await transactions.run(lambda connection: connection.fetchval("SELECT 1"), within=5, lock_timeout=1) == 1
+
+
+async def test_a_damaged_temporary_table_goes_with_its_session(alone: str) -> None:
+    """As PostgreSQL leaves one whose last use was cancelled; the store itself is whole."""
+    lane = Lane("postgresql", alone, "")
+    sessions = []
+
+    async def work(connection: Connection) -> None:
+        sessions.append(connection.get_server_pid())
+        if len(sessions) == 1:
+            await connection.execute(
+                """DO $$ BEGIN RAISE EXCEPTION 'could not read blocks 1..1 in file "base/16385/t5_19442"'
+                   USING ERRCODE = 'XX001'; END $$"""
+            )
+
+    async with repository(lane, alone) as (_, database):
+        await Transactions(database, timedelta(hours=1)).run(work, within=60, lock_timeout=1)
+    assert len(set(sessions)) == 2
+
+
+async def test_a_store_without_settings_takes_no_late_quotes(lane: Lane, empty_url: str, symbol: str) -> None:
+    await migrate(empty_url, lane.make_settings())
+    late = rows(symbol, start=NOW - timedelta(days=3))
+    async with repository(lane, empty_url) as (quotes, database):
+        assert (await quotes.bulk_insert(late)).inserted == 3
+        async with database.acquire() as connection:
+            await connection.execute("DELETE FROM quotes.settings")
+        with pytest.raises(SchemaMismatch):
+            await quotes.bulk_insert(late)
+        report = await Health(SystemRepository(database), lane.make_settings(), head()).report()
+    assert report.status == "unhealthy"
+    assert "quotes.settings has no row" in report.checks[2].detail
 
 
 @pytest.mark.parametrize("state", ["40P01", "40001"])

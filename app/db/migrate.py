@@ -79,6 +79,8 @@ async def downgrade(url: str, settings: Settings, revision: str = "base") -> Non
 
 
 async def _run(step: Callable[[Config, str], None], url: str, settings: Settings, revision: str) -> None:
+    if not revision:
+        raise StartupError("Migration failed: a revision has a name, as `head`, `base` or one of the migrations.")
     config = _config(url, settings)
 
     def alone() -> None:

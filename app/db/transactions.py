@@ -6,6 +6,7 @@ server goes on with what was dropped: how many such commits may be left behind i
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -133,6 +134,9 @@ class Transactions:
                     connection.terminate()
                     raise
                 except BaseException as error:
+                    if _is_temporary(error):
+                        connection.terminate()  # and with it the table
+                        raise _Again("A temporary table was left in pieces by what cancelled its last use.") from error
                     await self._roll_back(connection)
                     if isinstance(error, (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)):
                         raise _Again("Other writes were in the way each time.") from error
@@ -222,3 +226,16 @@ def _forget(commit: "asyncio.Future[str]") -> None:
     """Look at how a commit ended that nobody waits for, which would be logged otherwise."""
     if not commit.cancelled():
         commit.exception()
+
+
+#: A file of a temporary relation is named `t`, the number of its session, `_` and its own.
+_TEMPORARY: Final = re.compile(r"/t\d+_\d+")
+
+
+def _is_temporary(error: BaseException) -> bool:
+    """Whether the server reports damage of its own in a session's temporary table, which goes with the session.
+
+    Seen on 18.6: a statement cancelled from outside while it fills the stage leaves less of a file than is counted on.
+    """
+    damaged = isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith("XX")
+    return damaged and _TEMPORARY.search(str(error)) is not None

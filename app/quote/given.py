@@ -76,13 +76,15 @@ def _table(given: Any, terms: Terms) -> pa.Table:
             batches.append(batch)
             count += len(batch)
             check_size(count, terms)
-        return pa.Table.from_batches(batches, stream.schema)
+        table = pa.Table.from_batches(batches, stream.schema)
+        table.validate(full=True)  # text that is no UTF-8 among it
     except (pa.ArrowException, TypeError, ValueError, OverflowError, NotImplementedError) as error:
         # The library's words may have values in them.
         raise InvalidRequest(
-            "The table cannot be read as Arrow: a column holds values of several types, or it is no table.",
+            "The table cannot be read as Arrow: a column holds damaged values or several types, or it is none.",
             parameter="quotes",
         ) from error
+    return table
 
 
 def _with_whole_instants(table: pa.Table) -> pa.Table:

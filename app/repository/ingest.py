@@ -22,7 +22,15 @@ from app.db.capability import Level
 from app.db.engine import Connection, Database
 from app.db.facts import FACTS, Facts
 from app.db.transactions import Transactions
-from app.errors import Conflict, DatabaseUnavailable, InvalidRequest, QuotesError, Rejection, SettingsChanged
+from app.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    InvalidRequest,
+    QuotesError,
+    Rejection,
+    SchemaMismatch,
+    SettingsChanged,
+)
 from app.quote.batch import Batch, Ends, ends, joined
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.quote.terms import OnConflict, OnError, Receipt, check_choice
@@ -272,9 +280,12 @@ class Ingest:
 
         Raises:
             SettingsChanged: they are not; sent again, they are refused row by row.
+            SchemaMismatch: the store has no settings.
         """
         row = await connection.fetchrow(f"{FACTS} FOR SHARE")
-        facts = self._database.facts = Facts.of(row or ())
+        if row is None:
+            raise SchemaMismatch("The store's settings are gone, so that nobody knows which quotes it keeps.")
+        facts = self._database.facts = Facts.of(row)
         oldest = facts.oldest(datetime.now(UTC) - _SETTLING)
         found = [moment for write in writes if (moment := write.batch.oldest) is not None]
         if oldest is not None and found and min(found) < oldest:

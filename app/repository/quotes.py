@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Final, Self
 
+from pydantic import ValidationError
+
 from app.clock import Instant, Interval
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
 from app.db.replicas import database_of
-from app.errors import QuotesError
+from app.errors import InvalidRequest, QuotesError
 from app.quote.fields import COLUMNS, NANOS, VALUES
 from app.quote.given import Quotes, batch_of
 from app.quote.rules import normal_symbol
@@ -87,8 +89,15 @@ class QuoteRepository:
         Raises:
             DatabaseUnavailable: the server cannot be reached, or not by this URL.
             StartupError: the store is one of before the first release.
+            InvalidRequest: a variable `QUOTES_…` of the environment, which stands in for `settings`, is no setting.
         """
-        settings = settings or Settings()
+        if settings is None:
+            try:
+                settings = Settings()
+            except (ValidationError, UnicodeDecodeError) as error:
+                raise InvalidRequest(
+                    f"The settings of the environment, or of .env, are wrong: {_told(error)}."
+                ) from None
         database = database_of(url, settings)
         try:
             await database.connect()
@@ -401,3 +410,11 @@ def _quotes(wanted: Range, argument: Arguments) -> str:
         return f"SELECT {', '.join(COLUMNS.names[1:])} FROM quotes.real_time WHERE {condition}"
 
     return per_symbol(wanted, inner, ", ".join(VALUES), argument)
+
+
+def _told(error: ValidationError | UnicodeDecodeError) -> str:
+    """Which settings are wrong, without their values."""
+    if isinstance(error, UnicodeDecodeError):
+        return "they are not UTF-8"
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"QUOTES_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in faults)

@@ -249,7 +249,7 @@ async def _flaw(connection: Connection) -> str | None:
         await connection.execute(_PLANS)
     except (asyncpg.SyntaxOrAccessError, asyncpg.FeatureNotSupportedError, asyncpg.DataError) as error:
         return str(error).splitlines()[0].rstrip(".")
-    return None
+    return None if await connection.fetchval("SELECT count(*) FROM quotes.settings") else "quotes.settings has no row"
 
 
 async def _is_full(connection: Connection) -> bool:

@@ -837,6 +837,30 @@ def test_programs_older_than_the_server_are_not_run(tmp_path: Path, monkeypatch:
     assert programs.find("pg_dump", 14) == tmp_path / "pg_dump"
 
 
+def of_runbooks() -> list[str]:
+    """The commands of PostgreSQL's programs in the runbooks that change nothing but an extension."""
+    text = (ROOT / "docs" / "runbooks.md").read_text()
+    found = [line for commands in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in commands.splitlines()]
+    others = ("ALTER SYSTEM", "<pid>", "<index>", "timescaledb", "date --utc")
+    return [line for line in found if line.startswith(("psql", "pg_")) and not any(word in line for word in others)]
+
+
+async def test_the_commands_of_runbooks_go_to_the_host_that_takes_writes(
+    store: tuple[_Cluster, str], opa_quotes: Path
+) -> None:
+    """The first of the hosts is away; by the variable that the page names, each is asked whether it takes writes."""
+    commands = of_runbooks()
+    assert any("CREATE EXTENSION" in line for line in commands)
+    text = (ROOT / "docs" / "runbooks.md").read_text()
+    (amcheck,) = [line for line in text.splitlines() if line.startswith("pg_amcheck")]
+    commands.append(amcheck.replace("--relation='_timescaledb_internal.*' ", ""))
+    assert len(commands) > 5
+    (variable,) = re.findall(r"`export (PGTARGETSESSIONATTRS=read-write)`", text)
+    socket = dict(parse_qsl(urlsplit(store[1]).query))["host"]
+    url = store[1].replace(f"host={socket}", f"host={socket}/none,{socket}")
+    await sh("\n".join([f"export {variable}", *commands]), opa_quotes, QUOTES_DATABASE_URL=url)
+
+
 # --- chunks that move meanwhile ---
 
 

@@ -17,10 +17,13 @@ from app.clock import rfc3339
 from app.db.capability import OLDEST_TIMESCALEDB, POSTGRESQL, REQUIRED, TIMESCALEDB, Level, named, release
 from app.db.migrate import known, newer_schema
 from app.errors import QuotesError
+from app.logs import Logger
 from app.quote.fields import KEY
 from app.quote.terms import AHEAD
 from app.repository.system import Observation, SystemRepository
 from app.settings import Settings
+
+log = Logger(__name__)
 
 Status = Literal["healthy", "degraded", "unhealthy", "skipped"]
 
@@ -99,6 +102,7 @@ class Health:
         self._required = REQUIRED[settings.required_level]
         self._head = head
         self._last: tuple[float, Report] | None = None
+        self._differences = ""
         self._looking: asyncio.Task[Report] | None = None
         self._left: set[asyncio.Task[Observation]] = set()
 
@@ -119,6 +123,7 @@ class Health:
             report = unreachable(error.detail if isinstance(error, QuotesError) else "The database does not answer.")
         else:
             latency = time.perf_counter() - began
+            self._note_differences(seen)
             level, store = str(seen.capability.level), seen.store
             checks = (self._database(seen, latency), self._timescaledb(seen), self._hypertable(seen))
             metrics.BUILD_INFO.labels(__version__, level).set(1)
@@ -143,6 +148,16 @@ class Health:
         self._left.discard(look)
         if not look.cancelled():
             look.exception()
+
+    def _note_differences(self, seen: Observation) -> None:
+        """Where the store has other settings than this process was told; logged once each time that changes."""
+        found = [] if seen.facts is None else seen.facts.differences(self._settings)
+        metrics.SETTINGS_DIFFER.set(len(found))
+        told = "; ".join(map(str, found))
+        told = told and f"{told}. What the store has counts; `opa-quotes maintain apply` changes it."
+        if told and told != self._differences:
+            log.warning("settings differ from those of the store", reason=told)
+        self._differences = told
 
     def _database(self, seen: Observation, latency: float) -> Check:
         remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []
@@ -194,9 +209,8 @@ class Health:
 
         if fault := self._schema_fault(seen):
             return check("unhealthy", fault)
-        if seen.facts is not None and (differences := seen.facts.differences(self._settings)):
-            told = "; ".join(map(str, differences))
-            return check("degraded", f"{told}. What the store has counts; `opa-quotes maintain apply` changes it.")
+        if self._differences:
+            return check("degraded", self._differences)
         if seen.chunks is not None:
             return check("healthy", f"{seen.chunks} chunks.")
         if seen.capability.level >= Level.APACHE:

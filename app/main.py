@@ -38,7 +38,7 @@ from app.quote.model import Quote
 from app.repository.quotes import QuoteRepository
 from app.repository.storage import StorageRepository
 from app.repository.system import SystemRepository
-from app.settings import Settings
+from app.settings import Settings, misspelt
 from app.writer import Writer
 
 log = Logger(__name__)
@@ -107,6 +107,8 @@ def app_from_environment() -> FastAPI:
     settings = Settings()
     logs.configure(settings)
     workers.end_with_parent()
+    for name, nearest in misspelt().items() if workers.leads() else ():
+        log.warning("unknown setting", variable=name, nearest=nearest)
     app = create_app(settings)
     # What lives as long as the process is not looked at again, and a batch of thousands of rows is no reason to
     # look at all: 15 % less CPU a quote.

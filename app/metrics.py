@@ -129,6 +129,11 @@ CLOCK_DIFFERENCE: Final = Measured(
     "How far the clock of this service is ahead of the database's; negative if it is behind.",
     multiprocess_mode="livemostrecent",
 )
+SETTINGS_DIFFER: Final = Measured(
+    "quotes_settings_differ",
+    "Settings of the service that are others in the store, whose count.",
+    multiprocess_mode="livemostrecent",
+)
 POOL_IN_USE: Final = Gauge(
     "quotes_db_pool_checked_out_connections",
     "Pooled database connections in use.",

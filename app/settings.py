@@ -6,6 +6,7 @@ Invariant: nothing else in the project reads the environment, and reading settin
 import os
 import re
 from datetime import timedelta
+from difflib import get_close_matches
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -20,7 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
 from app.errors import InvalidRequest
 
@@ -136,6 +137,14 @@ def metrics_directory() -> Path | None:
     """
     value = os.environ.get("QUOTES_METRICS_DIR")
     return None if value is None else Path(value)
+
+
+def misspelt() -> dict[str, str | None]:
+    """Variables `QUOTES_…` of the environment and of `.env` that are no setting, each with the nearest that is one."""
+    known = [f"QUOTES_{name.upper()}" for name in Settings.model_fields]
+    given = {name.upper() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
+    unknown = sorted(name for name in given if name.startswith("QUOTES_") and name not in known)
+    return {name: next(iter(get_close_matches(name, known, 1)), None) for name in unknown}
 
 
 class Settings(BaseSettings):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from starlette.types import Scope
 
 from app import logs
-from app.main import create_app
+from app.main import app_from_environment, create_app
 from app.settings import Settings
 from tests.conftest import Lane, Serve, running
 
@@ -210,3 +210,18 @@ def test_a_log_that_cannot_be_written_fails_nothing() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, check=False)
     assert done.stdout == b"went on\n"
+
+
+def test_a_misspelt_setting_is_named_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("QUOTES_LOG_LEVLE=DEBUG\nOTHER=1\n")
+    monkeypatch.setenv("QUOTES_RETENTOIN", "3 years")
+    monkeypatch.setenv("QUOTES_LOG_FORMAT", "json")
+    app_from_environment()
+    told = [line for line in lines(capsys.readouterr().err) if line["event"] == "unknown setting"]
+    assert {line["variable"]: line["nearest"] for line in told} == {
+        "QUOTES_LOG_LEVLE": "QUOTES_LOG_LEVEL", "QUOTES_RETENTOIN": "QUOTES_RETENTION"
+    }  # fmt: skip
+    assert {line["level"] for line in told} == {"warning"}

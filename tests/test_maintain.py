@@ -35,6 +35,7 @@ from app.repository.ranges import Range
 from app.repository.storage import StorageRepository
 from app.settings import Settings
 from tests.conftest import Lane, patiently, running
+from tests.test_metrics import here
 
 NOW = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 DAY = timedelta(days=1)
@@ -181,9 +182,7 @@ async def test_compress_and_decompress_change_no_answer(store: Store) -> None:
 
 
 @pytest.mark.concurrent
-async def test_a_chunk_in_use_stops_no_other_one(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_chunk_in_use_stops_no_other_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     if store.database.capability.level < Level.COMMUNITY:
         pytest.skip("no columnstore")
     monkeypatch.setattr(maintenance, "_LOCK_MS", 200)
@@ -528,7 +527,9 @@ async def test_what_was_dropped_is_known_after_a_way_down_and_up(store: Store) -
     assert (store.database.facts.dropped_before or EPOCH) >= dropped
 
 
-async def test_another_setting_than_the_store_has_is_degraded_and_named(store: Store) -> None:
+async def test_another_setting_than_the_store_has_is_degraded_and_named(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     """And it changes nothing: neither what is taken nor what is dropped."""
     settings = store.settings.model_copy(update={"retention": None})
     async with running(create_app(settings)) as client:
@@ -537,6 +538,8 @@ async def test_another_setting_than_the_store_has_is_degraded_and_named(store: S
         detail = report["checks"]["hypertable"]["detail"]
         assert "QUOTES_RETENTION is none and the store's is 90 days" in detail
         assert "maintain apply" in detail
+        assert caplog.text.count("the store's is 90 days. What the store has counts") == 1
+        assert here("quotes_settings_differ") == 1
         old = [{"symbol": "AAA", "timestamp": (NOW - 100 * DAY).isoformat(), "price": 1}]
         refused = await client.post("/v1/quotes", json=old)
         assert (refused.status_code, refused.json()["errors"][0]["code"]) == (422, "timestamp-too-old")

@@ -34,7 +34,7 @@ from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
 from app.repository.storage import StorageRepository
 from app.settings import Settings
-from tests.conftest import Lane, patiently, running
+from tests.conftest import Lane, patiently, random_symbol, running
 from tests.test_metrics import here
 
 NOW = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
@@ -579,6 +579,27 @@ async def test_every_accepted_quote_is_in_its_bars(
         assert await store.quotes.get_bars("AAA", "1d", oldest, oldest + DAY) == [day]
     finally:
         await store.database.close()
+
+
+@pytest.mark.concurrent
+async def test_a_role_that_may_not_is_told_what_it_lacks(store: Store) -> None:
+    await store.fill("AAA", (NOW - 40 * DAY).replace(hour=0), 1)
+    role = f"app_{random_symbol().lower()}"
+    url = f"{store.url}{'&' if '?' in store.url else '?'}role={role}"
+    grants = "GRANT USAGE ON SCHEMA quotes TO {0}; GRANT SELECT ON ALL TABLES IN SCHEMA quotes TO {0}"
+    await store.execute(f"CREATE ROLE {role}; {grants.format(role)}")
+    try:
+        environment = {"QUOTES_DATABASE_URL": url}
+        cases: list[tuple[tuple[str, ...], str]] = [
+            (("apply", "--retention", "100 days"), "permission denied for table settings")
+        ]
+        if store.database.capability.level >= Level.COMMUNITY:
+            cases.append((("compress",), 'must be owner of hypertable "real_time"'))
+        for arguments, lacks in cases:
+            result = await to_thread.run_sync(partial(store.invoke, *arguments, environment=environment))
+            assert str(result.exception) == f"The role of the URL may not do this: {lacks}."
+    finally:
+        await store.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_reorder(store: Store) -> None:

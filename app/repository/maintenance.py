@@ -138,12 +138,17 @@ class MaintenanceRepository:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
+            DatabaseRefused: what was done in the block takes a privilege, or the owner.
             StartupError: the store is one of before the first release.
         """
         async with database.dedicated(statement_timeout=_STATEMENT) as connection:
             await connection.execute(f"SET lock_timeout = {_LOCK_MS}; SET application_name = 'opa-quotes maintain'")
             capability = await detect(connection)
-            yield cls(connection, capability, await read_facts(connection, Facts.first(settings)))
+            try:
+                yield cls(connection, capability, await read_facts(connection, Facts.first(settings)))
+            except asyncpg.InsufficientPrivilegeError as error:
+                # The server names the table, and whether it wants a privilege or the owner.
+                raise DatabaseRefused(f"The role of the URL may not do this: {str(error).splitlines()[0]}.") from error
 
     # --- what there is to do ---
 
@@ -394,7 +399,7 @@ class MaintenanceRepository:
 
         Raises:
             QuotesLocked: something held on to the chunk all the time, or failed it `again` and again.
-            DatabaseRefused: the server refuses it, as to a role that does not own the table.
+            DatabaseRefused: bars cannot be completed, so that nothing more is dropped.
         """
         for attempt in range(1, _TRIES + 1):
             try:
@@ -405,8 +410,6 @@ class MaintenanceRepository:
                         "What this works on is in use all the time; run the same command later."
                     ) from error
                 await asyncio.sleep(attempt)
-            except asyncpg.InsufficientPrivilegeError as error:
-                raise DatabaseRefused(f"The role of the URL may not: {str(error).splitlines()[0]}.") from error
             except asyncpg.RaiseError as error:
                 raise DatabaseRefused(f"Nothing more was dropped: {error}.") from error
             else:

@@ -21,12 +21,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from prometheus_client import REGISTRY
 
 from app.db.embedded import _Cluster
 from app.db.migrate import migrate
 from app.db.replicas import ReplicatedDatabase
 from app.errors import QuotesError
+from app.metrics import REGISTRY
 from app.quote.batch import Batch
 from app.quote.terms import Receipt, Terms
 from app.repository.ingest import Write

@@ -18,7 +18,6 @@ from pathlib import Path
 import httpx
 import pyarrow as pa
 import pytest
-from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from app.errors import (
@@ -32,6 +31,7 @@ from app.errors import (
 )
 from app.formats import FORMATS, Format, apart, nursery
 from app.formats.apart import Apart
+from app.metrics import REGISTRY
 from app.quote.batch import Batch
 from app.quote.terms import Limits, Terms
 from tests.conftest import Serve, random_symbol

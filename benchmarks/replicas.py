@@ -21,7 +21,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-
 from app.db.embedded import _Cluster
 from app.db.migrate import migrate
 from app.db.replicas import ReplicatedDatabase

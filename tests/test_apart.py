@@ -257,13 +257,22 @@ def test_a_reader_that_was_killed_while_it_waited_is_not_missed(shared: Apart) -
 
 
 @pytest.mark.parametrize("whom", ["reader", "nursery"])
-def test_a_reader_that_is_killed_at_work_is_not_its_bodys_fault(shared: Apart, whom: str) -> None:
+def test_a_reader_that_is_killed_at_work_is_not_its_bodys_fault(
+    shared: Apart, monkeypatch: pytest.MonkeyPatch, whom: str
+) -> None:
     first = pid_of(shared)
+    asked, ask = threading.Event(), apart._Reader.ask
+
+    def told(reader: apart._Reader, task: nursery.Task, within: float) -> nursery.Answer:
+        asked.set()  # before that another one would be taken in the place of one that is dead
+        return ask(reader, task, within)
+
+    monkeypatch.setattr(apart._Reader, "ask", told)
     assert shared._nursery is not None
     keeper = shared._nursery._process.pid
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(shared.decode, "sleep", b"", TERMS)
-        assert within(10, lambda: not shared._idle)
+        assert asked.wait(10)
         if whom == "nursery":
             os.kill(keeper, signal.SIGKILL)
         os.kill(first, signal.SIGKILL)

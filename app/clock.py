@@ -74,7 +74,7 @@ def nanoseconds(moment: Instant) -> int:
         return moment
     if not isinstance(moment, datetime):
         raise InvalidRequest("A time is an aware datetime, or whole nanoseconds since 1970-01-01T00:00Z.")
-    if moment.utcoffset() is None:
+    if moment.tzinfo is None or moment.utcoffset() is None:
         raise InvalidRequest("A time carries an offset; a naive one has no place on the time line.")
     return 1000 * microseconds(moment) + int(getattr(moment, "nanosecond", 0))
 

@@ -589,6 +589,7 @@ async def test_uploads_that_stop_one_byte_short_leave_room_for_others(serve: Ser
         assert count(service.url, symbol) == 1000
 
 
+@pytest.mark.long
 async def test_a_slow_upload_is_taken_and_a_slower_one_is_not(serve: Serve, shared_dir: Path) -> None:
     """Both go on for longer than any part of them may take."""
     limits = {"QUOTES_BODY_TIMEOUT": "1 s", "QUOTES_BODY_RATE": "20000"}

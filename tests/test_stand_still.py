@@ -286,6 +286,7 @@ async def replicas(directory: Path, **others: Any) -> AsyncIterator[Replicas]:
             yield Replicas(database, ways, standbys)
 
 
+@pytest.mark.long
 async def test_a_replica_that_stands_still_is_passed_over(shared_dir: Path) -> None:
     """By reads that are under way too: the next replica answers them, not the primary, and long before the time of a
     statement is over; a statement that takes long on a replica that answers is waited for."""

@@ -39,7 +39,7 @@ from app.lines import Encoding
 from app.maintain import DataDir, Json, a_file
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
-from app.settings import Settings
+from app.settings import Settings, faults
 
 #: Longer than the drain, in which every request gets its answer: the server would end those without one.
 _GRACE: Final = timedelta(seconds=5)
@@ -84,18 +84,9 @@ def main() -> None:
         errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except ValidationError as error:
-        for told in _faults(error):
+        for told in faults(error):
             errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _faults(error: ValidationError) -> list[str]:
-    """What is wrong with settings, each by its variable and without its value."""
-    found = []
-    for fault in error.errors(include_url=False, include_input=False):
-        name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
-        found.append(f"{name if fault['loc'] else 'settings'}: {fault['msg']}")
-    return found
 
 
 def _a_number(value: float | None) -> float | None:
@@ -157,18 +148,17 @@ def serve(
 
 @contextmanager
 def _shared(settings: Settings) -> Iterator[dict[str, str]]:
-    """Of what several processes share one embedded database and one migration, and how they find it."""
-    with ExitStack() as stack:
-        environment: dict[str, str] = {}
-        if settings.embedded:
-            portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
-            server = embedded.embedded_postgres(settings.data_dir, watched=True)
-            url = stack.enter_context(portal.wrap_async_context_manager(server))
+    """The one database of several processes, migrated once where it is embedded, and how they find it."""
+    if not settings.embedded:
+        yield {}
+        return
+    with anyio.from_thread.start_blocking_portal() as portal:
+        server = embedded.embedded_postgres(settings.data_dir, watched=True)
+        with portal.wrap_async_context_manager(server) as url:
             if settings.migrate_on_start:
                 # The first settings of the store are those of an embedded one, which the workers do not know it is.
                 portal.call(schema.migrate, url, settings)
-            environment |= {"QUOTES_DATABASE_URL": url, "QUOTES_REQUIRE_TIMESCALEDB": settings.required_level}
-        yield environment
+            yield {"QUOTES_DATABASE_URL": url, "QUOTES_REQUIRE_TIMESCALEDB": settings.required_level}
 
 
 @app.command()
@@ -228,7 +218,7 @@ async def _look(data_dir: Path | None) -> Report:
         settings = _settings(data_dir=data_dir)
         database = Database(_database_url(settings), settings)
     except ValidationError as error:
-        return unreachable(" ".join(f"{told}." for told in _faults(error)))
+        return unreachable(" ".join(f"{told}." for told in faults(error)))
     except QuotesError as error:
         return unreachable(error.detail)
     return await Health(SystemRepository(database), settings, schema.head()).report()

@@ -102,9 +102,10 @@ def url_fault(url: str) -> str | None:
     elsewhere = parts.netloc and not at and "@" in parts.path + parts.query
     if "@" in auth or elsewhere or "#" in url or _PERCENT.search(url):
         return _NOT_ENCODED
-    if listed and not all(_HOST.fullmatch(host) for host in listed.split(",")):
+    hosts = [_HOST.fullmatch(host) for host in listed.split(",")] if listed else []
+    if None in hosts:
         return f"must name its hosts as host or host:port, and {_NOT_ENCODED}"
-    if any(int(host.rpartition(":")[2]) > _LAST_PORT for host in listed.split(",") if _WITH_PORT.search(host)):
+    if any(int(host[1] or 0) > _LAST_PORT for host in hosts if host):
         return f"must have ports of at most {_LAST_PORT}"
     try:
         query = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
@@ -122,12 +123,20 @@ _NOT_ENCODED: Final = "must have what is special in its user and password percen
 _PERCENT: Final = re.compile("%(?![0-9A-Fa-f]{2})")
 _PORT: Final = re.compile("[0-9]{0,5}")
 #: A name or an address, or a directory of sockets in percent-encoding.
-_HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.%-]+)(?::[0-9]{1,5})?")
-_WITH_PORT: Final = re.compile(r":[0-9]{1,5}$")
+_HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.%-]+)(?::([0-9]{1,5}))?")
 _LAST_PORT: Final = 65_535
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SPAN: Final[TypeAdapter[timedelta | None]] = TypeAdapter(Annotated[timedelta | None, BeforeValidator(_retention)])
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]
+
+
+def faults(error: ValidationError) -> list[str]:
+    """What is wrong with settings, each by its variable and without its value."""
+    found = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = "QUOTES_" + "_".join(str(part) for part in fault["loc"]).upper()
+        found.append(f"{name if fault['loc'] else 'settings'}: {fault['msg']}")
+    return found
 
 
 def metrics_directory() -> Path | None:

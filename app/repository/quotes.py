@@ -53,7 +53,7 @@ from app.repository.ranges import (
 )
 from app.repository.receipts import IdempotencyKey
 from app.repository.row_json import BAR, QUOTE, SUMMARY, SYMBOL_SPAN, VWAP
-from app.settings import Settings
+from app.settings import Settings, faults
 
 _COLUMNS: Final = ", ".join(COLUMNS.names)
 #: Before and after whatever is stored.
@@ -94,10 +94,11 @@ class QuoteRepository:
         if settings is None:
             try:
                 settings = Settings()
-            except (ValidationError, UnicodeDecodeError) as error:
-                raise InvalidRequest(
-                    f"The settings of the environment, or of .env, are wrong: {_told(error)}."
-                ) from None
+            except ValidationError as error:
+                told = "; ".join(faults(error))
+                raise InvalidRequest(f"The settings of the environment, or of .env, are wrong: {told}.") from None
+            except UnicodeDecodeError:
+                raise InvalidRequest("The settings of .env are not UTF-8.") from None
         database = database_of(url, settings)
         try:
             await database.connect()
@@ -410,11 +411,3 @@ def _quotes(wanted: Range, argument: Arguments) -> str:
         return f"SELECT {', '.join(COLUMNS.names[1:])} FROM quotes.real_time WHERE {condition}"
 
     return per_symbol(wanted, inner, ", ".join(VALUES), argument)
-
-
-def _told(error: ValidationError | UnicodeDecodeError) -> str:
-    """Which settings are wrong, without their values."""
-    if isinstance(error, UnicodeDecodeError):
-        return "they are not UTF-8"
-    faults = error.errors(include_url=False, include_input=False, include_context=False)
-    return "; ".join(f"QUOTES_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in faults)

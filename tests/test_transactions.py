@@ -275,6 +275,8 @@ async def test_a_store_without_settings_takes_no_late_quotes(lane: Lane, empty_u
             await connection.execute("DELETE FROM quotes.settings")
         with pytest.raises(SchemaMismatch):
             await quotes.bulk_insert(late)
+        with pytest.raises(SchemaMismatch):
+            await quotes.delete_quotes(symbol, NOW - timedelta(days=4), NOW)
         report = await Health(SystemRepository(database), lane.make_settings(), head()).report()
     assert report.status == "unhealthy"
     assert "quotes.settings has no row" in report.checks[2].detail

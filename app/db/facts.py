@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self
 
+from app.errors import SchemaMismatch
 from app.settings import DAY, Settings
 
 #: One row, if the schema has it.
@@ -39,8 +40,14 @@ class Facts:
     dropped_before: datetime | None = None
 
     @classmethod
-    def of(cls, row: Sequence[Any]) -> Self:
-        """Read the row that `FACTS` returns."""
+    def of(cls, row: Sequence[Any] | None) -> Self:
+        """Read the row that `FACTS` returns.
+
+        Raises:
+            SchemaMismatch: there is none.
+        """
+        if row is None:
+            raise SchemaMismatch("The store's settings are gone, so that nobody knows which quotes it keeps.")
         return cls(row[0], row[1], row[2], row[3])
 
     @classmethod

@@ -28,7 +28,6 @@ from app.errors import (
     InvalidRequest,
     QuotesError,
     Rejection,
-    SchemaMismatch,
     SettingsChanged,
 )
 from app.quote.batch import Batch, Ends, ends, joined
@@ -282,10 +281,7 @@ class Ingest:
             SettingsChanged: they are not; sent again, they are refused row by row.
             SchemaMismatch: the store has no settings.
         """
-        row = await connection.fetchrow(f"{FACTS} FOR SHARE")
-        if row is None:
-            raise SchemaMismatch("The store's settings are gone, so that nobody knows which quotes it keeps.")
-        facts = self._database.facts = Facts.of(row)
+        facts = self._database.facts = Facts.of(await connection.fetchrow(f"{FACTS} FOR SHARE"))
         oldest = facts.oldest(datetime.now(UTC) - _SETTLING)
         found = [moment for write in writes if (moment := write.batch.oldest) is not None]
         if oldest is not None and found and min(found) < oldest:
@@ -384,7 +380,7 @@ class Ingest:
             InvalidRequest: retention has dropped all of the range, and only bars are left of it, which stay.
             WriteTimeout: it ran over `write_timeout`; nothing was deleted.
             QuotesLocked: somebody holds a lock on a chunk; nothing was deleted.
-            DatabaseUnavailable: nothing was deleted.
+            DatabaseUnavailable: nothing was deleted; as `SchemaMismatch` the store has no settings.
             OutcomeUnknown: nobody knows whether they were deleted, all or none.
         """
 
@@ -393,7 +389,7 @@ class Ingest:
             deleted = int(done.removeprefix("DELETE "))
             # Asked when the chunks of the range are locked, or gone: another process may have changed retention, and
             # what it drops it notes in the same transaction.
-            facts = self._database.facts = Facts.of(await connection.fetchrow(FACTS) or ())
+            facts = self._database.facts = Facts.of(await connection.fetchrow(FACTS))
             dropped = facts.dropped_before
             if not deleted and dropped is not None and stop <= nanoseconds(dropped):
                 raise InvalidRequest(
@@ -438,13 +434,16 @@ class Ingest:
 
     async def _ends_of(self, connection: Connection, symbol: str, start: int, stop: int) -> Ends | None:
         """The instants of a symbol's oldest and newest quote in [`start`, `stop`)."""
-        found = []
-        for statement in (_OLDEST, _NEWEST):
-            row = await connection.fetchrow(statement, symbol, *parts(start), *parts(stop))
-            if row is None:  # found at the price of a look at each row just deleted, which is enough once
-                return None
-            found.append(nanoseconds(row[0]) + int(row[1]))
-        return found[0], found[1]
+        oldest = await self._instant(connection, _OLDEST, symbol, start, stop)
+        if oldest is None:  # found at the price of a look at each row just deleted, which is enough once
+            return None
+        newest = await self._instant(connection, _NEWEST, symbol, start, stop)
+        return None if newest is None else (oldest, newest)
+
+    async def _instant(self, connection: Connection, statement: str, symbol: str, start: int, stop: int) -> int | None:
+        """The instant of the outermost quote that a statement finds in [`start`, `stop`)."""
+        row = await connection.fetchrow(statement, symbol, *parts(start), *parts(stop))
+        return None if row is None else nanoseconds(row[0]) + int(row[1])
 
     # Both search away from the deleted range in steps that double, so that a symbol quoted daily costs the locks of a
     # few chunks and not of two years.
@@ -454,9 +453,8 @@ class Ingest:
         step = self._database.facts.chunk_interval // timedelta(microseconds=1) * 1000
         while end > first:
             start = max(end - step, first)
-            row = await connection.fetchrow(_NEWEST, symbol, *parts(start), *parts(end))
-            if row is not None:
-                return nanoseconds(row[0]) + int(row[1])
+            if (found := await self._instant(connection, _NEWEST, symbol, start, end)) is not None:
+                return found
             end, step = start, 2 * step
         return None
 
@@ -465,9 +463,8 @@ class Ingest:
         step = self._database.facts.chunk_interval // timedelta(microseconds=1) * 1000
         while start < last:
             end = min(start + step, last)
-            row = await connection.fetchrow(_OLDEST, symbol, *parts(start), *parts(end))
-            if row is not None:
-                return nanoseconds(row[0]) + int(row[1])
+            if (found := await self._instant(connection, _OLDEST, symbol, start, end)) is not None:
+                return found
             start, step = end, 2 * step
         return last
 

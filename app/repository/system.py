@@ -15,9 +15,10 @@ from typing import Final
 import asyncpg
 
 from app.db.capability import DETECT, Capability, Level
-from app.db.engine import Connection, Database, read_facts
-from app.db.facts import Facts
+from app.db.engine import Connection, Database
+from app.db.facts import FACTS, Facts
 from app.db.hosts import Writable
+from app.errors import SchemaMismatch
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.repository.rollups import ROLLUPS
 
@@ -198,8 +199,11 @@ class SystemRepository:
             store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
             flaw = None
             if not missing and not lacking:
-                database.facts = await read_facts(connection, database.facts)
                 flaw = await _flaw(connection)
+                try:
+                    database.facts = Facts.of(await connection.fetchrow(FACTS))
+                except SchemaMismatch:
+                    flaw = flaw or "quotes.settings has no row"
             # A standby has no say in whether there is room.
             writes = not (missing or lacking or flaw or state["read_only"])
             full = await _is_full(connection) if writes else False
@@ -249,7 +253,7 @@ async def _flaw(connection: Connection) -> str | None:
         await connection.execute(_PLANS)
     except (asyncpg.SyntaxOrAccessError, asyncpg.FeatureNotSupportedError, asyncpg.DataError) as error:
         return str(error).splitlines()[0].rstrip(".")
-    return None if await connection.fetchval("SELECT count(*) FROM quotes.settings") else "quotes.settings has no row"
+    return None
 
 
 async def _is_full(connection: Connection) -> bool:

@@ -342,6 +342,13 @@ async def refresh(connection: Connection, rollup: str, start: datetime, end: dat
     )
 
 
+async def until_true(connection: Connection, query: str) -> None:
+    """Return when a query answers with true."""
+    async with asyncio.timeout(30):
+        while not await connection.fetchval(query):  # noqa: ASYNC110  what is waited for happens in a database
+            await asyncio.sleep(0.01)
+
+
 async def patiently(connection: Connection, statement: str) -> None:
     """Run a statement, again while a policy on a server with timers is at what it needs."""
     async with asyncio.timeout(60):

@@ -39,7 +39,7 @@ from app.repository.maintenance import MaintenanceRepository
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Position, Range, Sort, day_bounds
 from app.settings import Settings
-from tests.conftest import Lane, random_symbol
+from tests.conftest import Lane, random_symbol, until_true
 
 T0 = datetime(2026, 11, 16, tzinfo=UTC)  # a Monday
 N0 = nanoseconds(T0)
@@ -1118,9 +1118,7 @@ async def test_what_is_written_while_a_delete_runs_is_in_latest(
         await holder.execute("SELECT FROM quotes.real_time WHERE symbol = $1 AND timestamp = $2 FOR UPDATE", symbol, T0)
         deleting = asyncio.create_task(quotes.delete_quotes(symbol, T0, T0 + timedelta(seconds=100)))
         waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
-        async with asyncio.timeout(30):
-            while not await holder.fetchval(waits):  # noqa: ASYNC110  what is waited for happens in a database
-                await asyncio.sleep(0.01)
+        await until_true(holder, waits)
         assert (await quotes.bulk_insert(between)).inserted == 2
         await holder.execute("COMMIT")
         assert await deleting == 10

@@ -21,7 +21,7 @@ import pytest
 
 from app import __version__
 from app.db import embedded
-from tests.conftest import Serve, Service, free_port, random_symbol
+from tests.conftest import Serve, Service, free_port, random_symbol, until_true
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -187,7 +187,7 @@ async def test_who_comes_while_the_service_drains_is_turned_away_at_once(
             now = datetime.now(UTC).isoformat()
             quotes = [{"symbol": symbol, "timestamp": now, "price": 1}]
             writing = asyncio.create_task(http.post(f"{service.url}/v1/quotes", json=quotes))
-            await until(holder, "SELECT count(*) FROM pg_locks WHERE NOT granted")
+            await until_true(holder, "SELECT count(*) FROM pg_locks WHERE NOT granted")
             service.process.terminate()
             port = httpx.URL(service.url).port
             refused = False
@@ -242,13 +242,6 @@ def test_workers_end_with_their_parent_and_the_next_one_goes_on(serve: Serve, sh
             time.sleep(0.1)
     with serve(data, "--workers", "2") as service:
         assert count(service.url, symbol) == 3
-
-
-async def until(connection: "asyncpg.Connection[Any]", query: str) -> None:
-    """Return when a query answers with true."""
-    async with asyncio.timeout(30):
-        while not await connection.fetchval(query):  # noqa: ASYNC110  what is waited for happens in a database
-            await asyncio.sleep(0.01)
 
 
 def _answers(url: str) -> bool:

@@ -6,7 +6,7 @@ that does not exist. Beside writers every kind of read is asked for, and what su
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,8 +92,6 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
     """Ask everything again and again while the database is at fault for so many `seconds`."""
     report = Report(f"deadlines: {fault}")
     ledger = Ledger()
-    slowest: dict[str, float] = {}
-    stop = asyncio.Event()
     with ExitStack() as stack:
         postgres = Postgres.create(directory / "database")
         stack.enter_context(ended(postgres))
@@ -103,22 +101,14 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
         service.start()
         await asyncio.to_thread(service.wait_ready)
         writers = [*fleet(ledger, [service.url], _WRITERS, rows=(1, 50), patience=0.3, pace=0.02)]
-        client = httpx.AsyncClient(
-            base_url=service.url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {TOKEN}"}
-        )
-        async with client as http, Writers(writers):
+        async with Writers(writers):
             await asyncio.sleep(1)
             ledger.seconds.clear()
-            asking = [
-                asyncio.create_task(ask(http, question, slowest, report, stop))
-                for question in questions(writers[0].symbol)
-            ]
-            async with _fault(fault, postgres):
-                await asyncio.sleep(seconds)
-            over = time.monotonic()
-            recovery = await ledger.recovery(over, 30)
-            stop.set()
-            await asyncio.gather(*asking)
+            async with asking(service.url, questions(writers[0].symbol), report) as slowest:
+                async with _fault(fault, postgres):
+                    await asyncio.sleep(seconds)
+                over = time.monotonic()
+                recovery = await ledger.recovery(over, 30)
         verdict = await verify(ledger, postgres.url, service.url)
     report.broken += verdict.broken
     slowest["write"] = max(ledger.seconds)
@@ -138,7 +128,20 @@ async def deadlines(directory: Path, fault: Fault, *, seconds: float) -> Report:
     return report
 
 
-async def ask(
+@asynccontextmanager
+async def asking(url: str, asked: Sequence[Question], report: Report) -> AsyncIterator[dict[str, float]]:
+    """Ask a service each question again and again meanwhile; the slowest answer to each, in seconds."""
+    slowest: dict[str, float] = {}
+    stop = asyncio.Event()
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, headers=headers) as http:
+        tasks = [asyncio.create_task(_ask(http, question, slowest, report, stop)) for question in asked]
+        yield slowest
+        stop.set()
+        await asyncio.gather(*tasks)
+
+
+async def _ask(
     http: httpx.AsyncClient, question: Question, slowest: dict[str, float], report: Report, stop: asyncio.Event
 ) -> None:
     """Ask again and again, and note the slowest answer and the first that breaks the contract."""

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-import httpx
-
 from app.db import embedded
-from tests.chaos.deadlines import ENVIRONMENT, SLACK, TOKEN, WRITING, Question, ask, questions
+from tests.chaos.deadlines import ENVIRONMENT, SLACK, WRITING, Question, asking, questions
 from tests.chaos.recording import Ledger, Writers, fleet
 from tests.chaos.reporting import Report
 from tests.chaos.verifying import verify
@@ -190,8 +188,6 @@ async def before_database(fault: Fault, directory: Path, scale: float, seed: int
     report = Report(f"database, {fault}")
     seconds = max(3, 15 * scale)
     ledger = Ledger()
-    slowest: dict[str, float] = {}
-    stop = asyncio.Event()
     with ExitStack() as stack:
         postgres = Postgres.create(directory / "database")
         stack.enter_context(ended(postgres))
@@ -206,25 +202,17 @@ async def before_database(fault: Fault, directory: Path, scale: float, seed: int
             await asyncio.to_thread(service.wait_ready)
             watcher = stack.enter_context(watching(service.url, service.pid))
             writers = [*fleet(ledger, [service.url], _WRITERS, rows=(1, 50), patience=0.3, pace=0.02)]
-            client = httpx.AsyncClient(
-                base_url=service.url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {TOKEN}"}
-            )
-            async with client as http, Writers(writers):
+            async with Writers(writers):
                 await asyncio.sleep(1)
                 await asyncio.to_thread(watcher.take)
                 await asyncio.sleep(seconds / 2)
                 control = await asyncio.to_thread(watcher.take)
                 ledger.seconds.clear()
-                asking = [
-                    asyncio.create_task(ask(http, question, slowest, report, stop))
-                    for question in _questions(writers[0].symbol, timed=timed)
-                ]
-                async with proxy.faulty(fault):
-                    await asyncio.sleep(seconds)
-                during = await asyncio.to_thread(watcher.take)
-                recovery = await ledger.recovery(time.monotonic(), 60)
-                stop.set()
-                await asyncio.gather(*asking)
+                async with asking(service.url, _questions(writers[0].symbol, timed=timed), report) as slowest:
+                    async with proxy.faulty(fault):
+                        await asyncio.sleep(seconds)
+                    during = await asyncio.to_thread(watcher.take)
+                    recovery = await ledger.recovery(time.monotonic(), 60)
             other = await asyncio.to_thread(watcher.stop)
             for noted in (ledger, other):
                 verdict = await verify(noted, postgres.url, service.url)

@@ -62,40 +62,35 @@ def _refuse_unreleased(connection: Connection) -> None:
     connection.commit()
 
 
-def _refuse_half_restored(connection: Connection) -> None:
+def _refuse_half_restored(connection: Connection, settings: Settings, revision: str | None) -> None:
     """A restore takes its comment away at its end, and gives the store its revision just before."""
     comment = connection.execute(
         text("SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()")
     ).scalar_one()
     found = connection.execute(text("SELECT to_regclass('quotes.real_time') IS NOT NULL")).scalar_one()
-    if comment == HALF_RESTORED or (found and MigrationContext.configure(connection).get_current_revision() is None):
-        settings = _settings()
+    if comment == HALF_RESTORED or (found and revision is None):
         which, remedy = "this database", "Drop it"
         if settings.embedded:
             which, remedy = "this data directory", f"Remove {settings.data_dir or embedded.default_data_dir()}"
         raise StartupError(f"A restore into {which} did not finish. {remedy} and restore again; nothing was migrated.")
-    connection.commit()
 
 
-def _refuse_newer(connection: Connection) -> None:
+def _refuse_newer(revision: str | None) -> None:
     """A revision that this version does not know is of a newer one, whatever is asked for."""
-    found = MigrationContext.configure(connection).get_current_revision()
-    if found is not None and found not in known():
-        raise StartupError(newer_schema(found, context.script.get_current_head() or ""))
-    connection.commit()
+    if revision is not None and revision not in known():
+        raise StartupError(newer_schema(revision, context.script.get_current_head() or ""))
 
 
-def _refuse_contradiction(connection: Connection, settings: Settings) -> None:
+def _refuse_contradiction(settings: Settings, revision: str | None) -> None:
     """A new store takes its settings from the environment, and where that is silent from what is built in."""
     first = Facts.first(settings)
     fault = fault_of(first.retention, first.chunk_interval, first.compress_after)
-    if fault and MigrationContext.configure(connection).get_current_revision() is None:
+    if fault and revision is None:
         raise StartupError(
             f"A new store cannot have these settings: {fault}. QUOTES_RETENTION is {shown(first.retention)},"
             f" QUOTES_CHUNK_INTERVAL {shown(first.chunk_interval)}, QUOTES_COMPRESS_AFTER"
             f" {shown(first.compress_after)}, as set or built in; nothing was migrated."
         )
-    connection.commit()
 
 
 def _run(connection: Connection) -> None:
@@ -118,9 +113,11 @@ def _run(connection: Connection) -> None:
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
         _refuse_unreleased(connection)
-        _refuse_half_restored(connection)
-        _refuse_newer(connection)
-        _refuse_contradiction(connection, settings)
+        revision = MigrationContext.configure(connection).get_current_revision()
+        _refuse_half_restored(connection, settings, revision)
+        _refuse_newer(revision)
+        _refuse_contradiction(settings, revision)
+        connection.commit()
         context.config.attributes.update(capability=capability, settings=settings)
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

@@ -501,10 +501,12 @@ def apply(
         changes = await repository.differences(wanted, now)
         loss = None if wanted.retention == facts.retention else await repository.loss(wanted, now)
         if loss is not None:
-            outcome.notes["will_be_dropped"] = _told(loss, outcome.level)
-            asked = not (dry_run or yes) and not as_json and sys.stdin.isatty()
-            if not (dry_run or yes):
-                remarks.print(f"will be dropped: {outcome.notes.pop('will_be_dropped')}", highlight=False)
+            goes = _told(loss, outcome.level)
+            if dry_run or yes:
+                outcome.notes["will_be_dropped"] = goes
+            else:
+                remarks.print(f"will be dropped: {goes}", highlight=False)
+                asked = not as_json and sys.stdin.isatty()
                 if not (asked and typer.confirm("Change it?", err=True)):
                     raise InvalidRequest("Nothing was changed. --yes changes it.")
         if changes and not dry_run:

@@ -16,17 +16,16 @@ from typing import Any, Final
 
 import httptools
 import msgspec
-import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import metrics
+from app.api.access import GONE
 from app.api.problems import MEDIA_TYPE
 from app.api.shares import Pool, principal
+from app.logs import Logger
 
-log = structlog.get_logger("app.access")
+log = Logger("app.access")
 
-#: Status by which a request is noted whose client went before its answer.
-GONE: Final = 499
 #: Bytes of a request line with its headers, of an extension of a chunk, of trailers.
 HEAD_BYTES: Final = 64 * 1024
 #: Headers of a request, or trailers.

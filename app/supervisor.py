@@ -14,16 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-import structlog
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
 from app.errors import StartupError
+from app.logs import Logger
 from app.workers import has_started
 
-log = structlog.get_logger(__name__)
+log = Logger(__name__)
 
 #: Seconds in which a worker answers that it is there.
 _ANSWER: Final = 5

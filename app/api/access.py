@@ -25,7 +25,7 @@ _GIVEN: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked for by machines all day: logged when debugging, and not counted.
 QUIET: Final = frozenset({"/metrics", "/health", "/health/live", "/health/ready"})
 #: The status of a request whose client went before an answer began.
-_GONE: Final = 499
+GONE: Final = 499
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -80,7 +80,7 @@ class Observed:
         finally:
             if counted:
                 metrics.HTTP_IN_PROGRESS.dec()
-            noted = state.get("ended", _GONE) if status is None else status
+            noted = state.get("ended", GONE) if status is None else status
             self._note(scope, noted, time.perf_counter() - began, body_bytes if counted else None)
             structlog.contextvars.reset_contextvars(**bound)
 

@@ -39,6 +39,8 @@ _ATTEMPTS: Final = 3
 _GRACE: Final = 0.5
 #: The part of its time that a transaction may wait for a lock.
 _LOCKED: Final = 0.8
+#: A file of a temporary relation is named `t`, the number of its session, `_` and its own.
+_TEMPORARY: Final = re.compile(r"/t\d+_\d+")
 #: Longest wait for the server to roll back, or to say which of its processes are there.
 _SHORT: Final = 2.0
 #: Commits that may be left behind; each is a server process that nobody can use until its standby is back.
@@ -226,10 +228,6 @@ def _forget(commit: "asyncio.Future[str]") -> None:
     """Look at how a commit ended that nobody waits for, which would be logged otherwise."""
     if not commit.cancelled():
         commit.exception()
-
-
-#: A file of a temporary relation is named `t`, the number of its session, `_` and its own.
-_TEMPORARY: Final = re.compile(r"/t\d+_\d+")
 
 
 def _is_temporary(error: BaseException) -> bool:

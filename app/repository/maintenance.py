@@ -432,11 +432,12 @@ _ADD: Final = {
 
 def batches(rollup: str, window: Window) -> list[Window]:
     """A window of whole buckets in parts that a refresh is done with soon, oldest first."""
-    width = dict(ROLLUPS)[rollup] * _BATCH[rollup]
+    bucket = dict(ROLLUPS)[rollup]
+    width = bucket * _BATCH[rollup]
     found = []
     start = window.start
     while start < window.end:
-        end = min(start - (start - _EPOCH) % dict(ROLLUPS)[rollup] + width, window.end)
+        end = min(start - (start - _EPOCH) % bucket + width, window.end)
         found.append(Window(start, end))
         start = end
     return found

@@ -7,7 +7,6 @@ start together. A statement that cannot get its lock within seconds fails rather
 import asyncio
 
 from alembic import context
-from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -54,12 +53,16 @@ def _ensure_timescaledb(connection: Connection) -> None:
         connection.commit()
 
 
-def _refuse_unreleased(connection: Connection) -> None:
-    if connection.execute(text("SELECT to_regclass('alembic_version') IS NOT NULL")).scalar_one():
-        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
-        if not UNRELEASED.isdisjoint(found):
-            raise StartupError(UNRELEASED_STORE)
-    connection.commit()
+def _revision(connection: Connection) -> str | None:
+    """The revision of the schema; None where nothing was migrated."""
+    if not connection.execute(text("SELECT to_regclass('alembic_version') IS NOT NULL")).scalar_one():
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalars().first()
+
+
+def _refuse_unreleased(revision: str | None) -> None:
+    if revision in UNRELEASED:
+        raise StartupError(UNRELEASED_STORE)
 
 
 def _refuse_half_restored(connection: Connection, settings: Settings, revision: str | None) -> None:
@@ -112,8 +115,8 @@ def _run(connection: Connection) -> None:
                 f"The server's capability level is {capability.level}, {settings.required_level} is required. Nothing"
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
-        _refuse_unreleased(connection)
-        revision = MigrationContext.configure(connection).get_current_revision()
+        revision = _revision(connection)
+        _refuse_unreleased(revision)
         _refuse_half_restored(connection, settings, revision)
         _refuse_newer(revision)
         _refuse_contradiction(settings, revision)

@@ -28,7 +28,7 @@ from app.db.capability import Level
 from app.db.engine import Database
 from app.db.facts import shown
 from app.errors import DatabaseUnavailable, InvalidRequest, QuotesLocked, StartupError
-from app.repository.maintenance import Change, Loss, MaintenanceRepository, Window, batches
+from app.repository.maintenance import Change, Loss, MaintenanceRepository, Window
 from app.repository.storage import Chunk, StorageRepository
 from app.settings import Settings, fault_of, span
 
@@ -377,7 +377,7 @@ def refresh(
             return
         for rollup, window in await repository.refresh_windows(datetime.now(UTC), low, high):
             with _progress() as progress:
-                task = progress.add_task(f"refresh {rollup}", total=len(batches(rollup, window)))
+                task = progress.add_task(f"refresh {rollup}", total=len(await repository.batches(rollup, window)))
                 told = partial(_tell_batch, progress, task, rollup)
                 await repository.refresh(rollup, window, force=force, told=told)
             outcome.done.append({"rollup": rollup, "start": rfc3339(window.start), "end": rfc3339(window.end)})

@@ -31,6 +31,8 @@ _LOCK_MS: Final = 2_000  # everything on the chunk queues behind a lock that is 
 _TRIES: Final = 5
 #: Whole buckets of one refresh, as many as a policy takes at once.
 _BATCH: Final = {"ohlc_1m": 14_400, "ohlc_1h": 2_400, "ohlc_1d": 1_000}
+#: A stretch without a chunk that is not worth parts of its own.
+_GAP: Final = timedelta(days=366)
 #: For how long jobs are put off at a time; they run again by themselves if this process dies.
 _PUT_OFF: Final = timedelta(minutes=10)
 #: Longest wait for a job that runs already.
@@ -265,7 +267,7 @@ class MaintenanceRepository:
         """
         jobs = await self._put_off(_REFRESHES)
         try:
-            for batch in batches(rollup, window):
+            for batch in await self.batches(rollup, window):
                 told(batch)
                 await self._put_off(_REFRESHES)
                 start, end = (_literal(moment.isoformat()) for moment in (batch.start, batch.end))
@@ -275,6 +277,25 @@ class MaintenanceRepository:
                 )
         finally:
             await self._release(_REFRESHES, jobs)
+
+    async def batches(self, rollup: str, window: Window) -> list[Window]:
+        """A window of whole buckets in parts that a refresh is done with soon, oldest first.
+
+        A year and more in which nothing is stored is one part: between two chunks there may be centuries.
+        """
+        bucket = dict(ROLLUPS)[rollup]
+        chunks = await self.chunks()
+        found = []
+        start = window.start
+        while start < window.end:
+            end = start - (start - _EPOCH) % bucket + bucket * _BATCH[rollup]
+            following = next((chunk.start for chunk in chunks if chunk.end > end), window.end)
+            if following - end > _GAP:
+                end = following - (following - _EPOCH) % bucket
+            end = min(end, window.end)
+            found.append(Window(start, end))
+            start = end
+        return found
 
     async def _put_off(self, procedure: str) -> list[int]:
         """Let jobs that do the same begin later, once none runs; their numbers, none where this role may not."""
@@ -428,19 +449,6 @@ _ADD: Final = {
         )
     },
 }
-
-
-def batches(rollup: str, window: Window) -> list[Window]:
-    """A window of whole buckets in parts that a refresh is done with soon, oldest first."""
-    bucket = dict(ROLLUPS)[rollup]
-    width = bucket * _BATCH[rollup]
-    found = []
-    start = window.start
-    while start < window.end:
-        end = min(start - (start - _EPOCH) % bucket + width, window.end)
-        found.append(Window(start, end))
-        start = end
-    return found
 
 
 def _interval(span: timedelta) -> str:

@@ -29,6 +29,7 @@ from rich.table import Table
 from app import __version__, backup, logs, maintain, supervisor, traces
 from app import demo as market
 from app import load as loading
+from app import workers as processes
 from app.client import DEFAULT_URL
 from app.db import embedded
 from app.db import migrate as schema
@@ -124,6 +125,7 @@ def serve(
         shared = None
         if workers > 1:
             shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-")))
+            processes.announce(shared, workers)
             environment |= {"QUOTES_METRICS_DIR": str(shared), "PROMETHEUS_MULTIPROC_DIR": str(shared)}
             environment |= stack.enter_context(_shared(settings))
         # The server imports the application by name, in each of its processes.

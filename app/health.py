@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
-from app import __version__, metrics
+from app import __version__, metrics, workers
 from app.clock import rfc3339
 from app.db.capability import OLDEST_TIMESCALEDB, POSTGRESQL, REQUIRED, TIMESCALEDB, Level, named, release
 from app.db.migrate import known, newer_schema
@@ -34,6 +34,8 @@ _FRESH: Final = 1.0  # probes of several supervisors share one look
 _SLOW: Final = 1.0
 #: Seconds between the clocks of the service and of the database above which one of them is no longer kept by NTP.
 _CLOCK_OFF: Final = 5.0
+#: Connections of a process beside those of its pool: looks, the monitor, one that counts commits.
+_OF_ITS_OWN: Final = 4
 #: Time for which an error of the database's own counts.
 _REMEMBERED: Final = timedelta(minutes=1)
 #: Time that a commit may wait for its standby.
@@ -161,7 +163,7 @@ class Health:
 
     def _database(self, seen: Observation, latency: float) -> Check:
         remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []
-        remarks += _divided(seen)
+        remarks += _divided(seen) + self._too_few(seen)
         if seen.capability.postgresql_major > POSTGRESQL[1]:
             remarks.append(f"PostgreSQL {seen.capability.postgresql} is newer than what is tested.")
         status: Status = "degraded" if remarks else "healthy"
@@ -183,6 +185,19 @@ class Health:
         detail = " ".join(remarks) or "Answers."
         found, milliseconds = seen.capability.postgresql, round(1000 * latency, 2)
         return Check("database", status, detail, found, _RELEASES, milliseconds, difference)
+
+    def _too_few(self, seen: Observation) -> list[str]:
+        """What there is to say where the pools of all processes may ask for more connections than there are."""
+        processes, pool = workers.number(), self._settings.pool_size + self._settings.pool_overflow
+        wanted = processes * (pool + _OF_ITS_OWN)
+        if not self._settings.pool_size or seen.connections is None or wanted <= seen.connections:
+            return []
+        told = (
+            f"{processes} processes of this service may open {wanted} connections, and the server has"
+            f" {seen.connections} for their role: lower QUOTES_POOL_OVERFLOW, or raise max_connections or the role's"
+            " CONNECTION LIMIT."
+        )
+        return [told]
 
     def _timescaledb(self, seen: Observation) -> Check:
         capability, found = seen.capability, seen.capability.timescaledb

@@ -135,6 +135,9 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     await stack.enter_async_context(monitor)
     report = await health.report()
     log.info("started", version=__version__, capability=report.level, health=report.status, embedded=settings.embedded)
+    for check in report.checks if workers.leads() else ():
+        if check.status in {"degraded", "unhealthy"}:
+            log.warning("not as it should be", check=check.name, status=check.status, reason=check.detail)
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
     # Left first, or the threads would wait for it.
     apart = stack.enter_context(Apart(settings.max_body_bytes, settings.max_batch_rows))

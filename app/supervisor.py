@@ -4,6 +4,7 @@ Invariant: the port is known to be free before anything else is begun; workers e
 stays while another one cannot start; and the status is 0 only for a server that was told to stop.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -51,10 +52,20 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
+def notify(state: str) -> None:
+    """Tell systemd, or another that began this service and asked for it, by the protocol of sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    # A name that begins with @ is not one of a file. Whoever has gone need not be told.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line, suppress(OSError):
+        line.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+
+
 def run(config: uvicorn.Config, directory: Path | None) -> None:
     """Serve until told to stop; several workers share `directory`. Ends the process unless that was the reason."""
     if directory is None:
-        server = uvicorn.Server(config)
+        server = _Server(config)
         with suppress(KeyboardInterrupt):  # as the server has handled it
             server.run()
         status = 0 if server.started else STARTUP_FAILURE
@@ -66,6 +77,19 @@ def run(config: uvicorn.Config, directory: Path | None) -> None:
         sys.exit(status)
 
 
+class _Server(uvicorn.Server):
+    """One process, which says when it serves and when it stops."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            notify("READY=1")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        notify("STOPPING=1")
+        await super().shutdown(sockets)
+
+
 class _Workers(Multiprocess):
     """uvicorn's supervisor, with what it lacks: see the module."""
 
@@ -74,6 +98,7 @@ class _Workers(Multiprocess):
         self.told = False
         self._directory = directory
         self._resume = 0.0
+        self._serves = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -84,6 +109,7 @@ class _Workers(Multiprocess):
 
     def terminate_all(self) -> None:
         """Tell the workers to stop; what they listen at no more, nobody does."""
+        notify("STOPPING=1")
         for shared in self.sockets:
             shared.close()
         super().terminate_all()
@@ -98,6 +124,9 @@ class _Workers(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """Replace workers that have gone or hang; stop if none has ever started and one says that it cannot."""
+        if not self._serves and has_started(self._directory):
+            self._serves = True
+            notify("READY=1")
         for place, process in enumerate(self.processes):
             if self.should_exit.is_set() or time.monotonic() < self._resume:
                 return

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 _directory: Final = metrics_directory()
 _STARTED: Final = "started"
+_COUNT: Final = "count"
 
 
 def _locked(file: Path) -> IO[bytes] | None:
@@ -82,6 +83,16 @@ def leads() -> bool:
             return False
         _leading.append(lock)
     return True
+
+
+def announce(directory: Path, number: int) -> None:
+    """Tell the processes that share a directory how many they are."""
+    (directory / _COUNT).write_text(str(number))
+
+
+def number() -> int:
+    """How many processes this service has."""
+    return 1 if _directory is None else int((_directory / _COUNT).read_text())
 
 
 def note_started() -> None:

@@ -145,9 +145,19 @@ async def test_stopping_answers_what_was_accepted(serve: Serve, shared_dir: Path
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_what_waits_when_the_service_stops_has_an_answer(serve: Serve, shared_dir: Path, workers: str) -> None:
-    """A write behind a lock, and a body that does not come: a problem each, in time, never half an answer."""
+    """A write behind a lock, and a body that does not come: a problem each, in time, never half an answer.
+
+    systemd is told when the service serves, and when it stops.
+    """
     data = shared_dir / "waiting"
-    with serve(data, "--workers", workers, QUOTES_DRAIN_TIMEOUT="1 s") as service:
+    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    told.settimeout(10)
+    told.bind(str(shared_dir / f"notify{workers}"))
+    with (
+        told,
+        serve(data, "--workers", workers, QUOTES_DRAIN_TIMEOUT="1 s", NOTIFY_SOCKET=told.getsockname()) as service,
+    ):
+        assert told.recv(99) == b"READY=1"
         holder = await asyncpg.connect(embedded.url(data))
         await holder.execute("BEGIN; LOCK TABLE quotes.real_time IN EXCLUSIVE MODE")
         symbol = random_symbol()
@@ -172,6 +182,7 @@ async def test_what_waits_when_the_service_stops_has_an_answer(serve: Serve, sha
         assert (answer.status_code, answer.json()["code"]) == (503, "service-stopping")
         await holder.close()
         assert service.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+        assert told.recv(99) == b"STOPPING=1"
         assert "Traceback" not in service.log.read_text()
 
 

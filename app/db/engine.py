@@ -24,14 +24,15 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 from sqlalchemy import event
 from sqlalchemy.exc import InvalidatePoolError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import metrics
 from app.db import failures, hosts
 from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.facts import FACTS, Facts
-from app.db.failures import connect, connection_lost, translated
+from app.db.failures import connect, connection_lost, full, translated
+from app.db.turns import Turns
 from app.errors import DatabaseDamaged, DatabaseUnavailable, InvalidRequest, QueryTimeout, StartupError
 from app.logs import Logger
 from app.quote.terms import Consistency
@@ -122,8 +123,10 @@ class Database:
         #: Longest wait for a pooled connection, its opening included.
         self._patience = max(settings.pool_timeout.total_seconds(), _OPENING)
         # Reads that hang, as behind a lock on an old chunk, must not take the connections of the writes.
-        most = settings.pool_size + settings.pool_overflow - (2 * settings.writer_flushes if role == "primary" else 0)
-        self._reads = asyncio.Semaphore(max(most, 1)) if settings.pool_size else None
+        kept = 2 * settings.writer_flushes if role == "primary" else 0
+        self._turns = Turns(settings.pool_size + settings.pool_overflow, kept) if settings.pool_size else None
+        #: What the last probe left open, for one that the server has no connection to spare for.
+        self._probe: Connection | None = None
         self._in_use = metrics.POOL_IN_USE.labels(role)
         self._wait = metrics.POOL_WAIT_SECONDS.labels(role)
         if settings.pool_size:
@@ -341,8 +344,10 @@ class Database:
             raise
 
     @asynccontextmanager
-    async def acquire(self, within: float = math.inf) -> AsyncIterator[Connection]:
+    async def acquire(self, within: float = math.inf, *, read: bool = False) -> AsyncIterator[Connection]:
         """A pooled connection, opened if none is there; it is waited for `pool_timeout`, or `within` so many seconds.
+
+        Reads leave some for writes.
 
         Raises:
             DatabaseUnavailable: no connection in that time, or it broke.
@@ -352,8 +357,7 @@ class Database:
         with self._translated():
             asked = time.perf_counter()
             async with AsyncExitStack() as stack:
-                async with asyncio.timeout(min(self._patience + _AFTER_POOL, within)):
-                    pooled = await stack.enter_async_context(self.engine.connect())
+                pooled = await self._check_out(stack, within, read)
                 self._wait.observe(time.perf_counter() - asked)
                 raw = await pooled.get_raw_connection()
                 driver = cast("Connection", raw.driver_connection)
@@ -375,6 +379,27 @@ class Database:
                 finally:
                     self._in_use.dec()
 
+    async def _check_out(self, stack: AsyncExitStack, within: float, read: bool) -> AsyncConnection:
+        """Whoever the server refuses a connection waits for one of those that are open."""
+        async with asyncio.timeout(min(self._patience + _AFTER_POOL, within)) as limit:
+            while True:
+                async with AsyncExitStack() as held:
+                    if self._turns is not None:
+                        ends = limit.when() or math.inf
+                        left = min(
+                            self._settings.pool_timeout.total_seconds(), ends - asyncio.get_running_loop().time()
+                        )
+                        await self._turns.take(left, read=read)
+                        held.callback(self._turns.give, read=read)
+                    try:
+                        pooled = await held.enter_async_context(self.engine.connect())
+                    except Exception as error:
+                        if self._turns is None or not full(error) or not self._turns.lessen():
+                            raise
+                        continue
+                    stack.push_async_exit(held.pop_all())
+                    return pooled
+
     async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
         """What `work` reads; without replicas, `consistency` makes no difference.
 
@@ -390,33 +415,17 @@ class Database:
         return time.monotonic() + self._patience + self._settings.statement_timeout.total_seconds() + _SILENCE
 
     async def _read_primary(self, work: Work[T], deadline: float) -> T:
-        self._stay()
-        if self._reads is None:
-            return await self._read_here(work, deadline)
-        try:
-            wait = min(self._settings.pool_timeout.total_seconds(), deadline - time.monotonic())
-            async with asyncio.timeout(wait):
-                await self._reads.acquire()
-        except TimeoutError:
-            metrics.DB_ERRORS.labels("pool").inc()
-            raise DatabaseUnavailable("All database connections for reads are busy.") from None
-        try:
-            return await self._read_here(work, deadline)
-        finally:
-            self._reads.release()
-
-    async def _read_here(self, work: Work[T], deadline: float) -> T:
         metrics.READS.labels("primary").inc()
         began = False
         try:
-            async with self.acquire(deadline - time.monotonic()) as connection:
+            async with self.acquire(deadline - time.monotonic(), read=True) as connection:
                 began = True
                 return await self.timed(connection, work, deadline)
         except DatabaseUnavailable as error:
             # A pooled connection may have died with its server since it was last used; the next one is new.
             if not began or error.__cause__ is None or not connection_lost(error.__cause__):
                 raise
-        async with self.acquire(deadline - time.monotonic()) as connection:
+        async with self.acquire(deadline - time.monotonic(), read=True) as connection:
             return await self.timed(connection, work, deadline)
 
     async def timed(self, connection: Connection, work: Work[T], deadline: float) -> T:
@@ -461,7 +470,41 @@ class Database:
             finally:
                 await driver.close(timeout=2)
 
+    @asynccontextmanager
+    async def probed(self, timeout: float) -> AsyncIterator[Connection]:
+        """A connection for a look at the server, each statement for `timeout` seconds.
+
+        It is a new one, so that it leads where new ones lead. Where the server has none to spare it is that of the look
+        before, which a pool keeps, as long as others are open: a full server is as well as they are.
+
+        Raises:
+            DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
+            QueryTimeout: a statement ran over its time.
+        """
+        with self._translated():
+            try:
+                driver = await self.open(timeout, timedelta(seconds=timeout))
+            except asyncpg.TooManyConnectionsError:
+                pooled = any(isinstance(one, _Pooled) and not one.is_closed() for one in list(self._opened))
+                if self._probe is None or self._probe.is_closed() or not pooled:
+                    raise
+                driver, self._probe = self._probe, None
+            try:
+                yield driver
+            except BaseException:
+                driver.terminate()
+                raise
+            closed: Connection | None = driver
+            if self._turns is not None and not driver.is_in_transaction():
+                closed, self._probe = self._probe, driver
+            if closed is not None:
+                await closed.close(timeout=2)
+
     async def close(self) -> None:
         """Close every pooled connection; not those of another process, which go on being used there."""
         if self._home is None or self._home == (os.getpid(), asyncio.get_running_loop()):
+            if self._turns is not None:
+                self._turns.close()
+            if self._probe is not None:
+                self._probe.terminate()
             await self.engine.dispose()

@@ -12,7 +12,6 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import metrics
 from app.errors import (
@@ -42,6 +41,10 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
     {
         "57014": (QueryTimeout, "The statement ran over its time; ask for a shorter range or fewer symbols."),
         "55P03": (QuotesLocked, "Maintenance or another write holds a lock on these quotes for longer than is waited."),
+        "53300": (
+            DatabaseUnavailable,
+            "The server takes no more connections: max_connections is reached, or the limit of the role or database.",
+        ),
         "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
         "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
         "53100": (DatabaseUnavailable, "The volume of the database is full."),
@@ -66,6 +69,10 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
 _REFUSED: Final = (DatabaseRefused, "The database refuses this statement; an operator has to look at its log.")
 
 
+class PoolBusy(Exception):
+    """All connections that a pool may have are in use, in a sentence."""
+
+
 def translate(error: BaseException) -> QuotesError | None:
     """The error of this project that a driver's exception stands for; None for what is not the database's."""
     if isinstance(error, DBAPIError) and error.orig is not None:
@@ -74,8 +81,8 @@ def translate(error: BaseException) -> QuotesError | None:
         state = error.sqlstate or ""
         kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or _REFUSED
         return kind(detail)
-    if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable("All database connections are busy.")
+    if isinstance(error, PoolBusy):
+        return DatabaseUnavailable(str(error))
     if isinstance(error, socket.gaierror):
         return DatabaseUnavailable("The database cannot be reached: the name of its host is not known.")
     if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):
@@ -87,13 +94,20 @@ def _count(error: BaseException) -> None:
     """Count an error of the database; whatever else passes through is not one."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         _count(error.orig.__cause__ or error.orig)
-    elif isinstance(error, PoolTimeout):
+    elif isinstance(error, PoolBusy):
         metrics.DB_ERRORS.labels("pool").inc()
     elif isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None and not connection_lost(error):
         # Forty classes at most, of the server's own.
         metrics.DB_ERRORS.labels(error.sqlstate[:2]).inc()
     elif translate(error) is not None:
         metrics.DB_ERRORS.labels("connection").inc()
+
+
+def full(error: BaseException) -> bool:
+    """Whether the server, its role or its database has no connection to spare."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return full(error.orig.__cause__ or error.orig)
+    return isinstance(error, asyncpg.TooManyConnectionsError)
 
 
 @contextmanager

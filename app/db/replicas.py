@@ -23,11 +23,10 @@ from functools import partial
 from typing import Final
 
 import asyncpg
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import metrics
 from app.db.engine import Connection, Database, T, Work
-from app.db.failures import connection_lost
+from app.db.failures import PoolBusy, connection_lost
 from app.db.hosts import UNREACHABLE, Control, Server, choose, control, hosts_of, look, name_of
 from app.errors import DatabaseUnavailable, QueryTimeout
 from app.logs import Logger
@@ -204,7 +203,7 @@ class ReplicatedDatabase(Database):
             if time.monotonic() - began >= self._statement_time:
                 raise
         except DatabaseUnavailable as error:
-            if isinstance(error.__cause__, PoolTimeout):
+            if isinstance(error.__cause__, PoolBusy):
                 raise
             if isinstance(cause := error.__cause__, asyncpg.PostgresError) and not connection_lost(cause):
                 # A conflict with what it replays, or a migration that it has not replayed.

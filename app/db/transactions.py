@@ -17,7 +17,7 @@ import asyncpg
 
 from app import metrics
 from app.db.engine import Connection, Database
-from app.db.failures import connection_lost
+from app.db.failures import connection_lost, full
 from app.errors import (
     CommitsWaiting,
     DatabaseMisconfigured,
@@ -220,6 +220,7 @@ def _of_the_store(error: DatabaseUnavailable) -> bool:
     return (
         isinstance(cause, asyncpg.PostgresError)
         and not connection_lost(cause)
+        and not full(cause)
         and (type(error) is DatabaseUnavailable or isinstance(error, DatabaseMisconfigured))
     )
 

@@ -100,6 +100,14 @@ _WRITE: Final = """
 INSERT INTO quotes.receipts (key, fingerprint, receipt) VALUES ('health \u00b7', '', '{}')
 ON CONFLICT (key) DO UPDATE SET created = now()
 """
+# The limits of role and database do not bind a superuser, and what is reserved is for one, or for a role of ours.
+_CONNECTIONS: Final = """
+SELECT CASE WHEN rolsuper THEN current_setting('max_connections')::int ELSE least(
+           current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+           - coalesce(current_setting('reserved_connections', true)::int, 0),
+           nullif(rolconnlimit, -1), nullif(datconnlimit, -1)) END
+FROM pg_roles, pg_database WHERE rolname = session_user AND datname = current_database()
+"""
 _HYPERTABLE: Final = """
 SELECT num_chunks FROM timescaledb_information.hypertables
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
@@ -142,8 +150,8 @@ class Observation:
     why the last write was refused, of late.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
-    own; `facts` are the settings of the store. `store` is another text wherever quotes that were acknowledged may not
-    be there; None without a table, or on a standby.
+    own; `connections` is how many the server has for this role; `facts` are the settings of the store. `store` is
+    another text wherever quotes that were acknowledged may not be there; None without a table, or on a standby.
     """
 
     capability: Capability
@@ -165,6 +173,7 @@ class Observation:
     flaw: str | None = None
     full: bool = False
     refusal: str | None = None
+    connections: int | None = None
 
 
 class SystemRepository:
@@ -182,7 +191,7 @@ class SystemRepository:
             QueryTimeout: the server took too long to answer.
         """
         database = self._database
-        async with database.dedicated(timeout, timedelta(seconds=timeout)) as connection:
+        async with database.probed(timeout) as connection:
             if server := await database.identify(connection):
                 database.notice(server)
             clock = await self._difference(connection)
@@ -195,6 +204,7 @@ class SystemRepository:
             readable = state["migrated"] and "SELECT on alembic_version" not in lacking
             revision = await connection.fetchval(_REVISION) if readable else None
             waiting = await connection.fetchval(_WAITING)
+            connections = await connection.fetchval(_CONNECTIONS)
             identifier = None if server is None else server.control.system
             store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
             flaw = None
@@ -230,6 +240,7 @@ class SystemRepository:
             flaw,
             full,
             None if database.refusal is None else database.refusal[1],
+            connections,
         )
 
     async def _write(self, connection: Connection) -> None:

@@ -40,7 +40,7 @@ from app.lines import Encoding
 from app.maintain import DataDir, Json, a_file
 from app.quote.terms import OnConflict, Prices, Ties
 from app.repository.system import SystemRepository
-from app.settings import Settings, faults
+from app.settings import METRICS_DIRECTORY, Settings, faults
 
 #: Longer than the drain, in which every request gets its answer: the server would end those without one.
 _GRACE: Final = timedelta(seconds=5)
@@ -126,7 +126,7 @@ def serve(
         if workers > 1:
             shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opa-quotes-metrics-")))
             processes.announce(shared, workers)
-            environment |= {"QUOTES_METRICS_DIR": str(shared), "PROMETHEUS_MULTIPROC_DIR": str(shared)}
+            environment |= {METRICS_DIRECTORY: str(shared), "PROMETHEUS_MULTIPROC_DIR": str(shared)}
             environment |= stack.enter_context(_shared(settings))
         # The server imports the application by name, in each of its processes.
         os.environ.update(environment)

@@ -139,12 +139,16 @@ def faults(error: ValidationError) -> list[str]:
     return found
 
 
+#: What `serve --workers` tells its processes; not a setting.
+METRICS_DIRECTORY: Final = "QUOTES_METRICS_DIR"
+
+
 def metrics_directory() -> Path | None:
     """Where several processes share their metrics: what `serve --workers` made.
 
     prometheus_client has a variable of its own for that, which another program may have set for other metrics.
     """
-    value = os.environ.get("QUOTES_METRICS_DIR")
+    value = os.environ.get(METRICS_DIRECTORY)
     return None if value is None else Path(value)
 
 
@@ -152,7 +156,7 @@ def misspelt() -> dict[str, str | None]:
     """Variables `QUOTES_…` of the environment and of `.env` that are no setting, each with the nearest that is one."""
     known = [f"QUOTES_{name.upper()}" for name in Settings.model_fields]
     given = {name.upper() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
-    unknown = sorted(name for name in given if name.startswith("QUOTES_") and name not in known)
+    unknown = sorted(name for name in given if name.startswith("QUOTES_") and name not in {*known, METRICS_DIRECTORY})
     return {name: next(iter(get_close_matches(name, known, 1)), None) for name in unknown}
 
 

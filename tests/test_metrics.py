@@ -123,8 +123,9 @@ def test_workers_count_together_and_no_counter_goes_back_when_one_dies(
             "worker1",
             "leader.lock",
             "started",
+            "count",
         }
-        assert len(files) == 2 * 6 + 2, files
+        assert len(files) == 2 * 6 + 3, files
         # Each worker there was at first is dead, and so is the one that looked at the store.
         rows = [{"symbol": symbol, "timestamp": "2026-11-21T00:00:00Z", "price": 1}]
         assert httpx.post(f"{service.url}/v1/quotes", json=rows, timeout=30).status_code == 200

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from app.errors import DatabaseUnavailable
 from app.main import create_app
 from app.metrics import REGISTRY
 from app.settings import Settings
-from tests.conftest import random_symbol, running
+from tests.conftest import random_symbol, running, tell
 
 LAG = 3.0
 NOON = "2026-11-16T12:00:00Z"
@@ -367,8 +367,7 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
             async with connected(pair.primary) as primary:
                 rows = await primary.fetch("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
             frozen = [postmaster, *(row[0] for row in rows)]
-            for pid in frozen:
-                os.kill(pid, signal.SIGSTOP)
+            tell(signal.SIGSTOP, frozen)
             try:
                 hung = time.monotonic()
                 waiting = asyncio.create_task(client.write(2))
@@ -382,9 +381,7 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
                 assert await client.price("strong") == last
                 await within(5, lambda: _is(client, last))
             finally:
-                for pid in frozen:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGCONT)
+                tell(signal.SIGCONT, frozen)
 
 
 async def test_a_read_that_needs_a_new_connection_to_a_server_that_hangs(shared_dir: Path) -> None:

@@ -4,7 +4,6 @@ The servers are stopped by SIGSTOP, all of their processes, or lie behind a prox
 """
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,7 +26,7 @@ from app.main import create_app
 from app.repository import storage
 from app.repository.storage import StorageRepository
 from app.settings import Settings
-from tests.conftest import random_symbol, running
+from tests.conftest import random_symbol, running, tell
 from tests.proxy import Proxy, proxy
 from tests.test_replicas import primary_of_its_own, standby_of, within
 
@@ -72,13 +71,11 @@ def processes(cluster: _Cluster) -> list[int]:
 def halted(cluster: _Cluster) -> Iterator[None]:
     """A server of which no process runs."""
     stopped = processes(cluster)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
+    tell(signal.SIGSTOP, stopped)
     try:
         yield
     finally:
-        for pid in stopped:
-            os.kill(pid, signal.SIGCONT)
+        tell(signal.SIGCONT, stopped)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on
 	$(BIN)/python -m app demo --url http://127.0.0.1:$(PORT)
 
 test: $(VENV)/dev $(VENV)/prometheus  ## Run all tests, on every lane that this machine has
-	$(BIN)/python -m pytest $(TESTARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(TESTARGS)
 
 chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was acknowledged with what is stored (long)
 	$(BIN)/python -m tests.chaos $(CHAOSARGS)

@@ -174,18 +174,17 @@ async def empty_url(lane: Lane, shared_dir: Path) -> AsyncIterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the long tests to a run of their own."""
-    if not os.environ.get("TEST_LONG"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: `make test-long` runs it"))
+    """Leave the long tests to a run of their own, and those out that a lane cannot run, before it is started."""
+    for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("TEST_LONG"):
+            item.add_marker(pytest.mark.skip(reason="long: `make test-long` runs it"))
+        elif item.get_closest_marker("concurrent") and _lane_of(item) == "timescaledb":
+            item.add_marker(pytest.mark.skip(reason="one session serves all clients in turn, without timers"))
 
 
-@pytest.fixture(autouse=True)
-def _only_where_clients_run_at_once(request: pytest.FixtureRequest) -> None:
-    spec = getattr(request.node, "callspec", None)
-    if request.node.get_closest_marker("concurrent") and spec and spec.params.get("lane") == "timescaledb":
-        pytest.skip("one session serves all clients in turn, without timers")
+def _lane_of(item: pytest.Item) -> str | None:
+    spec = getattr(item, "callspec", None)
+    return None if spec is None else spec.params.get("lane")
 
 
 @pytest.fixture(scope="session")
@@ -327,11 +326,23 @@ def service_url(serve: Serve, shared_dir: Path) -> Iterator[str]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-        name = item.callspec.params.get("lane")
-        if name in LANES and not report.skipped:
-            ran[name] += 1
+    if report.when == "call" and not report.skipped and (name := _lane_of(item)) in LANES:
+        ran[name] += 1
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what ran here to the process that writes the summary, where the tests are spread over several."""
+    if output := getattr(session.config, "workeroutput", None):
+        output["lanes"] = (dict(ran), about)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what ran in one of several processes."""
+    if found := getattr(node, "workeroutput", {}).get("lanes"):
+        ran.update(found[0])
+        about.update(found[1])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -22,7 +22,7 @@ from uvicorn.supervisors.multiprocess import Process
 
 from app.errors import StartupError
 from app.logs import Logger
-from app.workers import has_started
+from app.workers import has_started, note_stopping
 
 log = Logger(__name__)
 
@@ -110,6 +110,7 @@ class _Workers(Multiprocess):
     def terminate_all(self) -> None:
         """Tell the workers to stop; what they listen at no more, nobody does."""
         notify("STOPPING=1")
+        note_stopping(self._directory)
         for shared in self.sockets:
             shared.close()
         super().terminate_all()

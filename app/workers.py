@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 _directory: Final = metrics_directory()
 _STARTED: Final = "started"
+_STOPPING: Final = "stopping"
 _COUNT: Final = "count"
 
 
@@ -106,6 +107,16 @@ def has_started(directory: Path | None = _directory) -> bool:
     return directory is not None and (directory / _STARTED).exists()
 
 
+def note_stopping(directory: Path) -> None:
+    """Note that all processes that share a directory stop."""
+    (directory / _STOPPING).touch()
+
+
+def others_stay(directory: Path | None = _directory) -> bool:
+    """Whether others of this service serve on when this process stops, as when it is replaced."""
+    return directory is not None and not (directory / _STOPPING).exists()
+
+
 def clear_gauges() -> None:
     """Take the gauges of this place out of what is scraped, because a process began here or is about to end."""
     if _directory is not None:
@@ -123,6 +134,8 @@ def end_with_parent() -> None:
     def watch() -> None:
         wait([sentinel])
         log.error("the parent process has gone; stopping")
+        if _directory is not None and _directory.exists():
+            note_stopping(_directory)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

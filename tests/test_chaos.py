@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import kills, repeats, stops
+from tests.chaos import kills, repeats, stops, workers
 from tests.conftest import random_symbol
 
 SEED = random.SystemRandom().randrange(10_000)
@@ -45,4 +45,10 @@ async def test_what_is_sent_again_counts_once(directory: Path) -> None:
 
 async def test_a_service_that_is_stopped_answers_writes_that_wait_for_a_lock(directory: Path) -> None:
     report = await stops.stop_under_lock(directory, drain=1.0)
+    assert not report.broken, report
+
+
+@pytest.mark.long
+async def test_workers_come_and_go_and_the_service_stays_ready(directory: Path) -> None:
+    report = await workers.workers(directory, rounds=1, seed=SEED)
     assert not report.broken, report

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Response
 
+from app import workers
 from app.api.deps import Wired, encoded
 
 router = APIRouter(tags=["operations"])
@@ -24,6 +25,7 @@ async def live() -> Response:
 async def ready(wired: Wired) -> Response:
     """Whether to send traffic here: 503 while unhealthy, or draining before a stop."""
     report = await wired.health.report()
-    is_ready = wired.writer.accepting and report.status != "unhealthy"
-    reason = "ready" if is_ready else "unhealthy" if wired.writer.accepting else "stopping"
-    return encoded({"status": reason}, 200 if is_ready else 503)
+    # One of several processes that is replaced says nothing of the others, who answer the next request.
+    stopping = not wired.writer.accepting and not workers.others_stay()
+    reason = "stopping" if stopping else "unhealthy" if report.status == "unhealthy" else "ready"
+    return encoded({"status": reason}, 200 if reason == "ready" else 503)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
-from tests.chaos import deadlines, disk, failover, kills, maintenance, repeats, running, stops
+from tests.chaos import deadlines, disk, failover, kills, maintenance, repeats, running, stops, workers
 from tests.chaos.reporting import Report
 from tests.chaos.running import Scenario, at_least
 
@@ -32,6 +32,7 @@ async def _maintenance(directory: Path, scale: float, seed: int) -> Report:
 
 PARTS: Final[dict[str, list[Scenario]]] = {
     "kills": [partial(_kills, victim) for victim in kills.VICTIMS],
+    "workers": [lambda directory, scale, seed: workers.workers(directory, rounds=at_least(1, 5, scale), seed=seed)],
     "control": [lambda directory, _, seed: kills.control(directory, seed=seed)],
     "repeats": [_repeats],
     "stops": [

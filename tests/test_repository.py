@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import combinations, pairwise
@@ -1160,6 +1160,78 @@ async def test_two_deletes_at_once_leave_latest_right(lane: Lane, quotes: QuoteR
     assert (newest.timestamp, newest.price) == (T0 + timedelta(seconds=6), 7)
     (span,) = [span for span in await quotes.get_symbols() if span.symbol == symbol]
     assert span.first == T0 + timedelta(seconds=3)
+
+
+class Pause:
+    """Holds a method up until it is told to go on."""
+
+    def __init__(self, owner: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+        original = getattr(owner, method)
+
+        async def held_up(*args: Any) -> Any:
+            self.reached.set()
+            await self.go.wait()
+            return await original(*args)
+
+        monkeypatch.setattr(owner, method, held_up)
+
+
+#: What happens to stored quotes, of seconds after `T0`, beside a write that leaves them as they are.
+BESIDE: dict[str, Callable[[QuoteRepository, str], Coroutine[Any, Any, object]]] = {
+    "first deleted": lambda q, s: q.delete_quotes(s, T0, T0 + timedelta(seconds=2)),
+    "last deleted": lambda q, s: q.delete_quotes(s, T0 + timedelta(seconds=5), T0 + timedelta(seconds=9)),
+    "all deleted": lambda q, s: q.delete_quotes(s, T0, T0 + timedelta(seconds=9)),
+    "last corrected": lambda q, s: q.bulk_insert([quote(s, 5, 9)]),
+}
+
+
+@pytest.mark.concurrent
+@pytest.mark.parametrize("on_conflict", ["update", "ignore", "error"])
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "waits"])
+async def test_latest_is_right_whatever_happens_to_quotes_that_a_write_left_as_they_are(
+    lane: Lane, database: Database, settings: Settings, quotes: QuoteRepository, symbol: str,
+    waits: bool, beside: str, on_conflict: OnConflict, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They change between the merge and the write of `latest`, which finds that committed, or waits for the commit."""
+    await quotes.bulk_insert([quote(symbol, at, at) for at in (1, 2, 5)])
+    writer, other = (QuoteRepository(database, settings) for _ in range(2))
+    merged = Pause(writer._ingest, "_update_latest", monkeypatch)
+    changed = Pause(other._ingest._transactions, "_commit", monkeypatch)
+    watcher = await asyncpg.connect(lane.url)
+
+    async def stands(task: asyncio.Task[Any], event: asyncio.Event) -> None:
+        """Return when a task has ended, has come so far, or waits for another transaction."""
+        waiting = (
+            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE NOT granted AND datname = current_database() AND locktype = 'transactionid'"
+        )
+        async with asyncio.timeout(30):
+            while not (task.done() or event.is_set() or await watcher.fetchval(waiting)):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    try:
+        batch = [quote(symbol, at, at) for at in (1, 3, 5)]
+        writing = asyncio.create_task(writer.bulk_insert(batch, on_conflict=on_conflict, on_error="skip"))
+        await merged.reached.wait()
+        changing = asyncio.create_task(BESIDE[beside](other, symbol))
+        await stands(changing, changed.reached)
+        if not waits:
+            changed.go.set()
+            await stands(changing, asyncio.Event())
+        merged.go.set()
+        await stands(writing, asyncio.Event())
+        changed.go.set()
+        receipt, _ = await asyncio.gather(writing, changing)
+    finally:
+        await watcher.close()
+    assert (receipt.inserted, receipt.updated) == (1, 0)
+    found = sorted((await stored(quotes, symbol)).items())
+    newest = await quotes.get_latest_quote(symbol)
+    assert (newest and newest.to_dict()) == (found[-1][1] if found else None)
+    spans = [nanoseconds(span.first) + span.first_nanos for span in await quotes.get_symbols() if span.symbol == symbol]
+    assert spans == [key[1] for key, _ in found[:1]]
 
 
 @pytest.mark.concurrent

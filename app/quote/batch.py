@@ -286,12 +286,16 @@ def joined(batches: Sequence[Batch]) -> pa.RecordBatch:
 
 def ends(batches: Sequence[Batch]) -> dict[str, Ends]:
     """The first and the last instant of each symbol in the batches."""
+    return widest(chain.from_iterable(batch.ends() for batch in batches))
+
+
+def widest(spans: Iterable[tuple[str, int, int]]) -> dict[str, Ends]:
+    """The first and the last instant of each symbol in spans, of which it may have several."""
     found: dict[str, Ends] = {}
-    for batch in batches:
-        for symbol, first, last in batch.ends():
-            if symbol in found:
-                first, last = min(first, found[symbol][0]), max(last, found[symbol][1])  # noqa: PLW2901  widened
-            found[symbol] = (first, last)
+    for symbol, first, last in spans:
+        if symbol in found:
+            first, last = min(first, found[symbol][0]), max(last, found[symbol][1])  # noqa: PLW2901  widened
+        found[symbol] = (first, last)
     return found
 
 

@@ -1,8 +1,9 @@
 """Every statement that changes quotes, and the transactions they run in.
 
 Invariant: what `write` returned a receipt for is committed, and `quotes.latest` agrees with `quotes.real_time` in
-every snapshot, because both change in one transaction. Rows are written and locked by key, so that concurrent
-writers queue up instead of deadlocking.
+every snapshot, because both change in one transaction: a write brings it up to the rows that it wrote and so holds, a
+deletion to what it left. A row that a write leaves as it is may change or go before its commit, and counts for nothing
+there. Rows are written and locked by key, so that concurrent writers queue up instead of deadlocking.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from app.errors import (
     Rejection,
     SettingsChanged,
 )
-from app.quote.batch import Batch, Ends, ends, joined
+from app.quote.batch import Batch, Ends, ends, joined, widest
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.quote.terms import OnConflict, OnError, Receipt, check_choice
 from app.repository.receipts import IdempotencyKey, Receipts
@@ -71,14 +72,19 @@ ON CONFLICT ({_KEY}) DO
 """
 
 
+#: Nanoseconds since 1970.
+_INSTANT: Final = f"(extract(epoch FROM timestamp) * 1000000000 + {NANOS})::bigint"
+
+
 def _upsert(new: Callable[[str], str]) -> str:
-    """Rows added, and rows changed, where a stored row takes the `new` value of each column."""
+    """Of each symbol rows added and changed, and their ends; a stored row takes the `new` value of each column."""
     return f"""
 WITH written AS (
     {_FROM_STAGE} UPDATE SET {", ".join(f"{c} = {new(c)}" for c in VALUES)}
     WHERE ({", ".join(f"stored.{c}" for c in VALUES)}) IS DISTINCT FROM ({", ".join(new(c) for c in VALUES)})
-    RETURNING xmax = 0 AS inserted)
-SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM written
+    RETURNING symbol, {_INSTANT} AS instant, xmax = 0 AS inserted)
+SELECT symbol, min(instant), max(instant), count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted)
+FROM written GROUP BY symbol
 """
 
 
@@ -108,11 +114,11 @@ _EQUAL: Final[Mapping[OnConflict, str]] = MappingProxyType(
         "merge": _equal(lambda column: f"coalesce(new.{column}, stored.{column})"),
     }
 )
-#: The positions of the rows whose key is stored already.
+#: Of each symbol the ends of the rows added, and the positions of those whose key is stored already.
 _ADD: Final = f"""
-WITH written AS ({_FROM_STAGE} NOTHING RETURNING {_KEY})
-SELECT position FROM pg_temp.{_STAGE_NAME} LEFT JOIN written USING ({_KEY})
-WHERE request = $1 AND written.symbol IS NULL ORDER BY position
+WITH written AS ({_FROM_STAGE} NOTHING RETURNING {_KEY}, {_INSTANT} AS instant)
+SELECT symbol, min(instant), max(instant), coalesce(array_agg(position) FILTER (WHERE instant IS NULL), '{{}}')
+FROM pg_temp.{_STAGE_NAME} LEFT JOIN written USING ({_KEY}) WHERE request = $1 GROUP BY symbol
 """
 _DELETE: Final = f"""
 DELETE FROM quotes.real_time
@@ -141,8 +147,9 @@ ORDER BY timestamp {order}, {NANOS} {order} LIMIT 1
 _OLDEST: Final = _outermost("ASC")
 _NEWEST: Final = _outermost("DESC")
 
-# The stored row is read back rather than passed again: right under every conflict rule, and in symbol order, so
-# that writers who touch the same symbols queue up instead of deadlocking.
+# The stored row is read back rather than passed again: right under every conflict rule, as nobody else changes what
+# this transaction wrote; and in symbol order, so that writers who touch the same symbols queue up instead of
+# deadlocking.
 _NEWER: Final = f"(excluded.timestamp, excluded.{NANOS}) >= (held.timestamp, held.{NANOS})"
 _OLDER: Final = f"(excluded.first_timestamp, excluded.first_{NANOS}) < (held.first_timestamp, held.first_{NANOS})"
 
@@ -224,9 +231,7 @@ class Ingest:
         """
         attempt = attempt or self._whole
         # All before the others: where one raises, nothing was stored, as is said of all.
-        tried = {
-            place: (await self._rehearse(write, attempt))[0] for place, write in enumerate(writes) if write.dry_run
-        }
+        tried = {place: await self._rehearse(write, attempt) for place, write in enumerate(writes) if write.dry_run}
         if tried:
             others = [write for write in writes if not write.dry_run]
             stored = iter(await self.write(others, attempt) if others else [])
@@ -248,11 +253,12 @@ class Ingest:
 
         return await self._transactions.run(store, within=attempt.within, lock_timeout=attempt.lock_timeout)
 
-    async def _rehearse(self, write: Write, attempt: Attempt) -> list[Receipt | QuotesError]:
-        return await self._transactions.run(
+    async def _rehearse(self, write: Write, attempt: Attempt) -> Receipt | QuotesError:
+        (result,), _ = await self._transactions.run(
             lambda connection: self._try(connection, [write], late=attempt.late),
             within=attempt.within, lock_timeout=attempt.lock_timeout, end="ROLLBACK",
         )  # fmt: skip
+        return result
 
     async def replay(self, key: IdempotencyKey) -> Receipt | None:
         """The receipt that is kept under the key, or None if the key is free; changes nothing.
@@ -293,17 +299,22 @@ class Ingest:
     ) -> list[Receipt | QuotesError]:
         if not writes:
             return []
-        results = await self._try(connection, writes, late=late)
-        stored = [w.batch for w, result in zip(writes, results, strict=True) if isinstance(result, Receipt)]
-        await self._update_latest(connection, stored)
+        results, written = await self._try(connection, writes, late=late)
+        if written is None:
+            batches = [write.batch for write in writes]
+            many = sum(map(len, batches)) > _FEW
+            written = await asyncio.to_thread(ends, batches) if many else ends(batches)
+        await self._update_latest(connection, written)
         return results
 
-    async def _try(self, connection: Connection, writes: Sequence[Write], *, late: bool) -> list[Receipt | QuotesError]:
-        """Write the rows; `quotes.latest` does not know of them yet."""
+    async def _try(
+        self, connection: Connection, writes: Sequence[Write], *, late: bool
+    ) -> tuple[list[Receipt | QuotesError], dict[str, Ends] | None]:
+        """Write the rows, and the ends of those written, None if all were; `quotes.latest` does not know them yet."""
         if late:
             await self._hold_facts(connection, writes)
         if not self._repeats[late] and await self._copy(connection, joined([write.batch for write in writes])):
-            return [write.batch.receipt(inserted=len(write.batch)) for write in writes]
+            return [write.batch.receipt(inserted=len(write.batch)) for write in writes], None
         return await self._merge(connection, writes, late=late)
 
     async def _copy(self, connection: Connection, rows: pa.RecordBatch) -> bool:
@@ -319,8 +330,8 @@ class Ingest:
 
     async def _merge(
         self, connection: Connection, writes: Sequence[Write], *, late: bool
-    ) -> list[Receipt | QuotesError]:
-        """All requests against what is stored, one after the other."""
+    ) -> tuple[list[Receipt | QuotesError], dict[str, Ends]]:
+        """All requests against what is stored, one after the other; and the ends of the rows written."""
         await connection.execute(_STAGE)
         staged = [
             write.batch.columns.rename_columns(_STAGED.names[:-1]).append_column(
@@ -333,16 +344,19 @@ class Ingest:
             source=_encode(pa.concat_batches(staged)),
         )  # fmt: skip
         with_care = late and self._database.capability.level >= Level.COMMUNITY
-        results = []
+        results: list[Receipt | QuotesError] = []
+        written: list[tuple[str, int, int]] = []
         for place, write in enumerate(writes):
             if with_care and (statement := _EQUAL.get(write.on_conflict)) is not None:
                 await self._leave_equal(connection, statement, write.batch, place)
-            results.append(await self._merge_one(connection, write, place))
+            result, of_request = await self._merge_one(connection, write, place)
+            results.append(result)
+            written += of_request
         # Who sends a batch again sends the next one again too, and a COPY that fails is work for nothing.
         self._repeats[late] = any(
             not isinstance(r, Receipt) or r.inserted < len(w.batch) for r, w in zip(results, writes, strict=True)
         )
-        return results
+        return results, widest(written)
 
     async def _leave_equal(self, connection: Connection, statement: str, batch: Batch, place: int) -> None:
         """Take the rows of a request off the stage that are stored as they are."""
@@ -353,25 +367,31 @@ class Ingest:
             await connection.execute(statement, place, symbols, start, end)
         await connection.execute("SET LOCAL enable_nestloop = on")
 
-    async def _merge_one(self, connection: Connection, write: Write, place: int) -> Receipt | QuotesError:
+    async def _merge_one(
+        self, connection: Connection, write: Write, place: int
+    ) -> tuple[Receipt | QuotesError, list[tuple[str, int, int]]]:
         batch = write.batch
         if (statement := _UPSERT.get(write.on_conflict)) is not None:
-            inserted, updated = await connection.fetchrow(statement, place) or (0, 0)
-            return batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
+            rows = await connection.fetch(statement, place)
+            inserted, updated = sum(row[3] for row in rows), sum(row[4] for row in rows)
+            receipt = batch.receipt(inserted=inserted, updated=updated, unchanged=len(batch) - inserted - updated)
+            return receipt, [row[:3] for row in rows]
         if write.on_conflict == "error":
             await connection.execute("SAVEPOINT request")
-        kept = [position for (position,) in await connection.fetch(_ADD, place)]
+        rows = await connection.fetch(_ADD, place)
+        written = [row[:3] for row in rows if row[1] is not None]
+        kept = sorted(position for row in rows for position in row[3])
         inserted = len(batch) - len(kept)
         if write.on_conflict == "ignore" or not kept:
-            return batch.receipt(inserted=inserted, unchanged=len(kept))
+            return batch.receipt(inserted=inserted, unchanged=len(kept)), written
         rejections = [
             Rejection(i, f"{batch.pointer}/{i}/timestamp", "already-stored", "A quote with this key is stored already.")
             for i in kept
         ]
         if write.on_error == "skip":
-            return batch.receipt(inserted=inserted, conflicts=rejections)
+            return batch.receipt(inserted=inserted, conflicts=rejections), written
         await connection.execute("ROLLBACK TO SAVEPOINT request")
-        return Conflict(rejections, batch.received)
+        return Conflict(rejections, batch.received), []
 
     async def delete(self, symbol: str, start: int, stop: int) -> int:
         """Delete a symbol's quotes in [`start`, `stop`), nanoseconds since 1970; how many they were.
@@ -468,12 +488,8 @@ class Ingest:
             start, step = end, 2 * step
         return last
 
-    async def _update_latest(self, connection: Connection, stored: Sequence[Batch]) -> None:
-        """Bring `quotes.latest` up to what was just stored."""
-        many = sum(map(len, stored)) > _FEW
-        await self._hold(connection, await asyncio.to_thread(ends, stored) if many else ends(stored))
-
-    async def _hold(self, connection: Connection, found: Mapping[str, Ends]) -> None:
+    async def _update_latest(self, connection: Connection, found: Mapping[str, Ends]) -> None:
+        """Bring `quotes.latest` up to rows that were just written, of which these are the ends."""
         every = sorted(found)
         for start in range(0, len(every), _HELD_AT_ONCE):
             symbols = every[start : start + _HELD_AT_ONCE]

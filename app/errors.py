@@ -18,7 +18,7 @@
     ├── ReaderUnavailable       503  no process reads the body, or it was ended from outside
     ├── DatabaseUnavailable     503  cannot reach or use the database
     │   ├── OutcomeUnknown      503  nobody knows whether a commit has happened
-    │   ├── CommitsWaiting      503  too many commits wait for a standby already
+    │   ├── CommitsWaiting      503  too many commits wait for a standby already, or one holds a lock
     │   ├── QuotesLocked        503  maintenance holds the chunk, or another write the key
     │   ├── SettingsChanged         503  the store keeps fewer quotes than a moment ago
     │   ├── DatabaseRefused     503  the database will not do this, and would not later either
@@ -238,7 +238,7 @@ class OutcomeUnknown(DatabaseUnavailable):
 
 
 class CommitsWaiting(DatabaseUnavailable):
-    """Commits of before are not confirmed yet, so that no further one is begun; nothing was stored."""
+    """Commits of before are not confirmed yet, too many of them or one that may hold a lock; nothing was stored."""
 
     code = "commits-waiting"
     title = "Commits are waiting"

@@ -129,6 +129,7 @@ class Health:
             level, store = str(seen.capability.level), seen.store
             checks = (self._database(seen, latency), self._timescaledb(seen), self._hypertable(seen))
             metrics.BUILD_INFO.labels(__version__, level).set(1)
+            metrics.COMMITS_WAITING.set(seen.commits_waiting)
             report = Report(checks, level, store, datetime.now(UTC))
         for check in report.checks:
             metrics.HEALTH_UP.labels(check.name).set(check.status != "unhealthy")

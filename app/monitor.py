@@ -60,7 +60,6 @@ PROBES: Final = (
     Probe(metrics.STORAGE_SIZE, lambda look: [((), look.size)]),
     Probe(metrics.BACKUP, lambda look: [] if look.backup is None else [((), look.backup)]),
     Probe(metrics.LATEST_QUOTE, lambda look: [] if look.newest is None else [((), look.newest.timestamp())]),
-    Probe(metrics.COMMITS_WAITING, lambda look: [((), look.commits_waiting)]),
     Probe(metrics.STORAGE_BYTES, _bytes),
     Probe(metrics.CHUNKS, lambda look: [((state,), look.count(state)) for state in STATES]),
     Probe(metrics.COMPRESSION_BEFORE, lambda look: [((), look.before)]),

@@ -297,7 +297,7 @@ async def test_a_job_that_was_removed_is_not_overdue_for_ever(lane: Lane) -> Non
     hour = timedelta(hours=1)
     now = datetime.now(UTC)
     job = Job("gone", 1, True, hour, now, now, "Success", 1, 0, now)
-    look = Storage(Capability.of(("18.6", None, None)), 0, None, [], [], [], [job], 0, None)
+    look = Storage(Capability.of(("18.6", None, None)), 0, None, [], [], [], [job], None)
     monitor._show(look)
     assert here("timescaledb_job_schedule_interval_seconds", job_name="gone") == 3600
     monitor._show(dataclasses.replace(look, jobs=[]))

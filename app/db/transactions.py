@@ -6,6 +6,7 @@ server goes on with what was dropped: how many such commits may be left behind i
 """
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ from app.errors import (
     OutcomeUnknown,
     QueryTimeout,
     QuotesError,
+    QuotesLocked,
     WriteTimeout,
 )
 from app.logs import Logger
@@ -46,6 +48,8 @@ _SHORT: Final = 2.0
 #: Commits that may be left behind; each is a server process that nobody can use until its standby is back.
 _LEFT: Final = 4
 _LOOK_EVERY: Final = 1.0
+#: A commit that takes longer waits for a standby, or for a server that does not answer.
+_USUAL: Final = 1.0
 #: TimescaleDB refuses a transaction that decompresses more than 100,000 rows, which a hundred late quotes of different
 #: hours can do. Time bounds a transaction here. Other servers take it for a setting of nobody.
 _UNBOUNDED: Final = "timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
@@ -67,6 +71,7 @@ class Transactions:
         self._database = database
         self._commit_timeout = commit_timeout.total_seconds()
         self._left: set[int] = set()  # server processes whose commit was left behind
+        self._committing: dict[asyncio.Future[str], float] = {}  # since when
         self._looked = 0.0
 
     async def run(
@@ -84,7 +89,7 @@ class Transactions:
         Raises:
             WriteTimeout: it took longer; nothing was done.
             QuotesLocked: somebody held a lock for longer; nothing was done.
-            CommitsWaiting: too many commits were left behind; nothing was done.
+            CommitsWaiting: too many commits were left behind, or one that waits holds a lock; nothing was done.
             DatabaseUnavailable: nothing was done; as `DatabaseRefused` or `DatabaseDamaged` it would not be later.
             OutcomeUnknown: the COMMIT took longer than `commit_timeout`, or the connection broke meanwhile.
         """
@@ -109,6 +114,13 @@ class Transactions:
             except _Again as again:
                 if attempt == _ATTEMPTS:
                     raise DatabaseUnavailable(again.told) from again.__cause__
+            except QuotesLocked as error:
+                if not self._commit_waits():
+                    raise
+                raise CommitsWaiting(
+                    "A commit waits for a standby, or for a server that does not answer, and may hold the lock on these"
+                    " quotes. Nothing of this request was stored."
+                ) from error
             except QueryTimeout as error:
                 raise WriteTimeout from error
             except DatabaseRefused as error:
@@ -178,9 +190,11 @@ class Transactions:
     async def _commit(self, connection: Connection) -> None:
         process = connection.get_server_pid()
         commit = asyncio.ensure_future(connection.execute("COMMIT"))
+        self._committing[commit] = time.monotonic()
         # Whoever cancels learns the outcome instead, known or not.
         with suppress(asyncio.CancelledError):
             await asyncio.wait({commit}, timeout=self._commit_timeout)
+        del self._committing[commit]
         if not commit.done():
             self._left.add(process)
             commit.add_done_callback(_forget)
@@ -196,6 +210,11 @@ class Transactions:
                     "The connection broke while committing; sending the same again is harmless."
                 ) from error
             raise
+
+    def _commit_waits(self) -> bool:
+        """Whether a commit of this process takes longer than any does by itself."""
+        oldest = min(self._committing.values(), default=math.inf)
+        return bool(self._left) or time.monotonic() - oldest > _USUAL
 
     async def _bound(self) -> None:
         """Refuse to begin while too many of the commits that were left behind are still on the server."""

@@ -82,11 +82,6 @@ CROSS JOIN LATERAL hypertable_detailed_size(format('%I.%I', user_view_schema, us
 WHERE user_view_schema = 'quotes'
 ORDER BY mat_hypertable_id
 """
-#: Commits of this role that have waited for a standby for a second.
-_WAITING: Final = """
-SELECT count(*) FROM pg_stat_activity
-WHERE wait_event = 'SyncRep' AND datname = current_database() AND now() - query_start > interval '1 s'
-"""
 _SIZE: Final = "SELECT pg_database_size(current_database())"
 _BACKUP: Final = "SELECT extract(epoch FROM max(finished))::float8 FROM quotes.backups"
 _ENDS: Final = "SELECT min(first_timestamp), max(timestamp) FROM quotes.latest"
@@ -172,7 +167,6 @@ class Job:
 class Storage:
     """One look at the store: `size` is of the whole database in bytes, `newest` the newest timestamp stored.
 
-    `commits_waiting` are commits that a synchronous standby has not confirmed for a second.
     `backup` is when the newest backup on record was whole, in seconds since 1970: infinite where another tool watches
     its own, None if there is none.
     """
@@ -184,7 +178,6 @@ class Storage:
     chunks: list[Chunk]
     rollups: list[Rollup]
     jobs: list[Job]
-    commits_waiting: int
     backup: float | None
 
     def count(self, state: ChunkState) -> int:
@@ -234,7 +227,6 @@ class StorageRepository:
                 relations = [await _table(connection, "quotes.real_time")]
             relations += [await _table(connection, name) for name in ("quotes.latest", "quotes.receipts")]
             size = await connection.fetchval(_SIZE)
-            waiting = await connection.fetchval(_WAITING)
             first, last = await connection.fetchrow(_ENDS) or (None, None)
             recorded = await connection.fetchval("SELECT to_regclass('quotes.backups') IS NOT NULL")
             backup = await connection.fetchval(_BACKUP) if recorded else None
@@ -250,7 +242,7 @@ class StorageRepository:
                         Rollup(row["name"], row["watermark"], _lag(row["watermark"], first, last), row["stale_ranges"])
                     )
             jobs = [_job(row) for row in await connection.fetch(_JOBS)] if community else []
-        return Storage(capability, size, last, relations, found, rollups, jobs, waiting, backup)
+        return Storage(capability, size, last, relations, found, rollups, jobs, backup)
 
 
 async def chunks(connection: Connection, level: Level) -> list[Chunk]:

@@ -120,9 +120,10 @@ WHERE NOT pg_is_in_recovery()
 """
 _REVISION: Final = "SELECT version_num FROM alembic_version"
 _CLOCK: Final = "SELECT clock_timestamp()"
-#: How long the oldest commit of this role waits for a standby.
+#: Commits of this role that have waited for a standby for a second, and how long the oldest has.
 _WAITING: Final = """
-SELECT coalesce(max(clock_timestamp() - query_start), interval '0') FROM pg_stat_activity
+SELECT count(*) FILTER (WHERE clock_timestamp() - query_start > interval '1 s'),
+       coalesce(max(clock_timestamp() - query_start), interval '0') FROM pg_stat_activity
 WHERE wait_event = 'SyncRep' AND datname = current_database()
 """
 
@@ -149,9 +150,10 @@ class Observation:
     `flaw` is why the server cannot plan a write. `full` says that a file of some hundred kB found no room, `refusal`
     why the last write was refused, of late.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
-    `waiting` is the longest wait of a commit for a standby, `damaged` how long ago the server reported an error of its
-    own; `connections` is how many the server has for this role; `facts` are the settings of the store. `store` is
-    another text wherever quotes that were acknowledged may not be there; None without a table, or on a standby.
+    `waiting` is the longest wait of a commit for a standby, `commits_waiting` how many have waited for a second.
+    `damaged` is how long ago the server reported an error of its own; `connections` is how many the server has for this
+    role; `facts` are the settings of the store. `store` is another text wherever quotes that were acknowledged may not
+    be there; None without a table, or on a standby.
     """
 
     capability: Capability
@@ -174,6 +176,7 @@ class Observation:
     full: bool = False
     refusal: str | None = None
     connections: int | None = None
+    commits_waiting: int = 0
 
 
 class SystemRepository:
@@ -203,7 +206,7 @@ class SystemRepository:
             chunks = await connection.fetchval(_HYPERTABLE) if quotes and capability.timescaledb else None
             readable = state["migrated"] and "SELECT on alembic_version" not in lacking
             revision = await connection.fetchval(_REVISION) if readable else None
-            waiting = await connection.fetchval(_WAITING)
+            commits, waiting = await connection.fetchrow(_WAITING) or (0, timedelta(0))
             connections = await connection.fetchval(_CONNECTIONS)
             identifier = None if server is None else server.control.system
             store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
@@ -241,6 +244,7 @@ class SystemRepository:
             full,
             None if database.refusal is None else database.refusal[1],
             connections,
+            commits,
         )
 
     async def _write(self, connection: Connection) -> None:

@@ -211,6 +211,32 @@ async def test_a_chunk_in_use_stops_no_other_one(store: Store, monkeypatch: pyte
     assert (len(answer["done"]), answer["skipped"]) == (3, [])
 
 
+@pytest.mark.concurrent
+async def test_show_waits_for_nobody(store: Store) -> None:
+    """Who holds a table or an index of one leaves the sizes that were last counted."""
+    level = store.database.capability.level
+    await store.fill("AAA", NOW - 3 * DAY, 2)
+    if level >= Level.COMMUNITY:
+        await store.maintain("refresh")
+    async with store.database.dedicated() as other:
+        tables = ["quotes.receipts", "quotes.real_time"]
+        if level >= Level.APACHE:
+            found = await other.fetch(
+                "SELECT DISTINCT ON (hypertable_name) format('%I.%I', chunk_schema, chunk_name)"
+                " FROM timescaledb_information.chunks ORDER BY hypertable_name DESC LIMIT 2"
+            )
+            tables[1:] = [name for (name,) in found]  # of the quotes, and of a rollup
+        before = (await store.maintain("show"))["tables"]
+        locks = [f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE" for table in tables]
+        for statement in (*locks, "REINDEX INDEX quotes.receipts_pkey"):
+            await other.execute(f"BEGIN; {statement}")
+            shown = (await store.maintain("show"))["tables"]
+            await other.execute("ROLLBACK")
+            assert [row["name"] for row in shown] == [row["name"] for row in before]
+            for now, then in zip(shown, before, strict=True):
+                assert 0 <= now["index_bytes"] <= now["bytes"] <= then["bytes"], statement
+
+
 async def test_dropped_quotes_stay_in_the_bars_and_symbols_tell_the_truth(store: Store) -> None:
     level = store.database.capability.level
     start = (NOW - 95 * DAY).replace(hour=0)

@@ -20,35 +20,38 @@ ChunkState = Literal["rowstore", "columnstore", "partial"]
 #: `partial` is a chunk of the columnstore that holds late rows until it is compressed again.
 STATES: Final[tuple[ChunkState, ...]] = ("rowstore", "columnstore", "partial")
 
-# Who keeps all others from a table, or is the next to: reads of its size wait for either.
+# Who keeps all others from a table or one of its indexes, or is the next to: reads of its size wait for either.
 _HOLDERS: Final = """
-SELECT relation, (array_agg(pid ORDER BY granted DESC, pid))[1] AS pid FROM pg_locks
+SELECT coalesce(indrelid, relation) AS relation, (array_agg(pid ORDER BY granted DESC, pid))[1] AS pid
+FROM pg_locks LEFT JOIN pg_index ON indexrelid = relation
 WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-GROUP BY relation
+GROUP BY 1
 """
 #: Bytes of a table and of its indexes as the server last counted them, without a lock.
 _COUNTED: Final = """
 SELECT coalesce(sum(relpages), 0)::bigint * current_setting('block_size')::bigint AS bytes,
        coalesce(sum(relpages) FILTER (WHERE relkind = 'i'), 0)::bigint * current_setting('block_size')::bigint
        AS index_bytes
-FROM pg_class WHERE oid = {0} OR oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {0})
+FROM pg_class WHERE oid {0} OR oid IN (SELECT indexrelid FROM pg_index WHERE indrelid {0})
+"""
+#: Those of a table by its files, or as counted where somebody holds it.
+_MEASURED: Final = f"""
+SELECT pg_total_relation_size({{0}}) AS bytes, pg_indexes_size({{0}}) AS index_bytes WHERE held.pid IS NULL
+UNION ALL SELECT * FROM ({_COUNTED.format("= held.relation")}) counted WHERE held.pid IS NOT NULL
 """
 # Files are looked at only where rows are written; what the columnstore wrote, it wrote down. To look at the files of
 # 730 chunks took four fifths of the time.
 _CHUNKS: Final = f"""
 WITH held AS MATERIALIZED ({_HOLDERS})
 SELECT name::text, range_start, range_end, status, (SELECT reltuples::bigint FROM pg_class WHERE oid = name) AS rows,
-       CASE WHEN status = 1 THEN 0 WHEN pid IS NULL THEN pg_total_relation_size(name)
-            ELSE (SELECT bytes FROM ({_COUNTED.format("name")}) counted) END AS bytes,
-       CASE WHEN status = 1 THEN 0 WHEN pid IS NULL THEN pg_indexes_size(name)
-            ELSE (SELECT index_bytes FROM ({_COUNTED.format("name")}) counted) END AS index_bytes,
-       pid
+       coalesce(bytes, 0) AS bytes, coalesce(index_bytes, 0) AS index_bytes, pid
 FROM timescaledb_information.chunks
 CROSS JOIN LATERAL (SELECT format('%I.%I', chunk_schema, chunk_name)::regclass) AS relation (name)
 CROSS JOIN LATERAL (SELECT CASE WHEN is_compressed THEN _timescaledb_functions.chunk_status(name) ELSE 0 END)
                    AS state (status)
 LEFT JOIN held ON held.relation = name
+LEFT JOIN LATERAL ({_MEASURED.format("name")}) measured ON status <> 1
 WHERE hypertable_schema = 'quotes' AND hypertable_name = 'real_time'
 ORDER BY range_start
 """
@@ -64,21 +67,31 @@ JOIN _timescaledb_catalog.chunk ON chunk.id = size.chunk_id
 JOIN _timescaledb_catalog.hypertable ON hypertable.id = chunk.hypertable_id
 WHERE hypertable.schema_name = 'quotes' AND hypertable.table_name = 'real_time'
 """
-_TABLE: Final = """
-SELECT pg_total_relation_size(oid) AS bytes, pg_indexes_size(oid) AS index_bytes, reltuples::bigint AS rows
-FROM pg_class WHERE oid = to_regclass($1)
+_TABLE: Final = f"""
+WITH held AS MATERIALIZED ({_HOLDERS})
+SELECT bytes, index_bytes, reltuples::bigint AS rows
+FROM pg_class LEFT JOIN held ON relation = oid CROSS JOIN LATERAL ({_MEASURED.format("oid")}) measured
+WHERE oid = to_regclass($1)
 """
 # What has been materialised, in microseconds since 1970; the watermark lies before the calendar if nothing was.
 _ROLLUPS: Final = f"""
 WITH held AS MATERIALIZED ({_HOLDERS})
 SELECT user_view_name::text AS name, CASE WHEN mark < -62135596800000000 THEN NULL
            ELSE _timescaledb_functions.to_timestamp(mark) END AS watermark,
-       size.total_bytes AS bytes, size.index_bytes,
+       size.bytes, size.index_bytes,
        (SELECT count(*) FROM _timescaledb_catalog.continuous_aggs_materialization_invalidation_log entry
         WHERE entry.materialization_id = mat_hypertable_id AND entry.greatest_modified_value < mark) AS stale_ranges
 FROM _timescaledb_catalog.continuous_agg
+JOIN _timescaledb_catalog.hypertable ON hypertable.id = mat_hypertable_id
 CROSS JOIN LATERAL _timescaledb_functions.cagg_watermark(mat_hypertable_id) mark
-CROSS JOIN LATERAL hypertable_detailed_size(format('%I.%I', user_view_schema, user_view_name)::regclass) size
+CROSS JOIN LATERAL (
+    SELECT array_agg(format('%I.%I', chunk_schema, chunk_name)::regclass::oid) FROM timescaledb_information.chunks
+    WHERE hypertable_schema = schema_name AND hypertable_name = table_name) AS of_rollup (chunks)
+CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM held WHERE relation = ANY (chunks))) AS state (is_held)
+CROSS JOIN LATERAL (
+    SELECT total_bytes, index_bytes
+    FROM hypertable_detailed_size(format('%I.%I', user_view_schema, user_view_name)::regclass) WHERE NOT is_held
+    UNION ALL SELECT * FROM ({_COUNTED.format("= ANY (chunks)")}) counted WHERE is_held) AS size (bytes, index_bytes)
 WHERE user_view_schema = 'quotes'
 ORDER BY mat_hypertable_id
 """

@@ -212,6 +212,22 @@ async def test_a_flush_of_many_requests_gives_each_its_own_receipt(quotes: Quote
     assert {(at - N0) // 10**9 for _, at in await stored(quotes, symbol)} == {0, 1, 10, 12}
 
 
+async def test_a_refused_row_of_a_tie_is_mended_in_its_body(quotes: QuoteRepository, symbol: str) -> None:
+    """Sent again as it was, a body gets the numbers of before, whatever was refused of it."""
+
+    async def send(*prices: Any) -> tuple[int, int, int]:
+        rows = [quote(symbol, 0, price) for price in prices]
+        receipt = await quotes.bulk_insert(rows, on_error="skip", ties="number")
+        found = sorted((await stored(quotes, symbol)).items())
+        assert [(at - N0, row["price"]) for (_, at), row in found] == list(enumerate(p for p in prices if p != "none"))
+        return receipt.inserted, receipt.updated, receipt.unchanged
+
+    assert await send(1, "none", 3) == (2, 0, 0)
+    assert await send(1, "none", 3) == (0, 0, 2)
+    assert await send(1, 2, 3) == (1, 1, 1)
+    assert await send(1, 2, 3) == (0, 0, 3)
+
+
 async def test_latest_of_many_symbols_is_written_part_by_part(
     quotes: QuoteRepository, symbol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

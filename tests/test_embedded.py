@@ -503,8 +503,10 @@ async def test_stopping_one_that_is(data_dir: Path, state: str) -> None:
     assert not (data_dir / "pgdata" / "postmaster.pid").exists() or state != "halted"
 
 
-def bystander_process() -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+def bystander_process(data_dir: Path) -> "subprocess.Popen[bytes]":
+    """A process of the server's user, and a group of its own."""
+    owner = (data_dir / "pgdata").stat().st_uid
+    return subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, user=owner, start_new_session=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not tell processes apart")
@@ -512,12 +514,19 @@ async def test_a_number_that_belongs_to_somebody_else_by_now(data_dir: Path) -> 
     async with embedded.embedded_postgres(data_dir):
         left = (data_dir / "pgdata" / "postmaster.pid").read_text()
         lock = (data_dir / "run" / ".s.PGSQL.5432.lock").read_text()
-    with bystander_process() as bystander:
+    with bystander_process(data_dir) as bystander:
         for file, text in (("pgdata/postmaster.pid", left), ("run/.s.PGSQL.5432.lock", lock)):
             _, _, rest = text.partition("\n")
             (data_dir / file).write_text(f"{bystander.pid}\n{rest}")
         async with embedded.embedded_postgres(data_dir) as url:
             assert await run(url, "SELECT 1") == 1
+        # That of a session without a server, which PostgreSQL writes as a negative number: it would be a group's.
+        of_session = left.replace(left.split()[0], f"-{bystander.pid}", 1)
+        (data_dir / "pgdata" / "postmaster.pid").write_text(of_session)
+        with pytest.raises(StartupError, match="lock file"):
+            async with embedded.embedded_postgres(data_dir):
+                pass
+        assert (data_dir / "pgdata" / "postmaster.pid").read_text() == of_session
         assert bystander.poll() is None
         bystander.communicate(b"\n")
         assert bystander.returncode == 0

@@ -1,6 +1,7 @@
 """Files reach the service exactly, within its limits, and a load that was cut off goes on where it was."""
 
 import asyncio
+import fcntl
 import gzip
 import itertools
 import json
@@ -33,7 +34,7 @@ from app import load
 from app.client import Client
 from app.clock import nanoseconds, parse, rfc3339_nano
 from app.errors import InvalidRequest
-from app.journal import Journal, State
+from app.journal import Journal, State, Unwritable, held
 from app.lines import Unreadable
 from app.load import Converter, LoadOptions, LoadReport, column_map, match_columns
 from app.quote.batch import Batch
@@ -1335,6 +1336,29 @@ async def test_of_two_loads_at_once_the_second_says_who_is_at_it(store: Store, t
     report = await first
     assert (lost(report), report.rejected, len(rejects(path))) == (0, 1, 1)
     assert (await store.load(path)).files[0].status == "already loaded"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_on_a_file_that_its_last_holder_deleted_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """It was opened before the holder deleted it; by now another may be there."""
+    state, lock = tmp_path / "state", tmp_path / ".state.lock"
+    flock = fcntl.flock
+
+    def too_late(file: Any, operation: int) -> None:
+        monkeypatch.undo()
+        flock(file, operation)
+        lock.unlink()
+        if replaced:
+            lock.touch()
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with held([state]):
+        assert lock.read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(Unwritable, match="another load is at it"), held([state]):
+            pass
+    assert not lock.exists()
 
 
 def grow(path: Path) -> None:

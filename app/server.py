@@ -47,6 +47,8 @@ _TAKEN: Final = 256 * 1024
 #: Bytes of answers that clients have not taken, of all connections of a process.
 UNSENT_BYTES: Final = 128 * 1024 * 1024
 _VERSIONS: Final = frozenset({"1.1", "1.0"})
+#: Headers that have one value; the parser itself sees to Content-Length.
+_ONCE: Final = frozenset({b"host", b"content-type", b"content-encoding", b"authorization", b"transfer-encoding"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,13 @@ class Refusal:
 
 
 MALFORMED: Final = Refusal(400, "malformed-request", "Malformed request", "This is not a request of HTTP/1.1 or 1.0.")
+#: What could mean one thing to a proxy and another one here.
+AMBIGUOUS: Final = Refusal(
+    400,
+    "malformed-request",
+    "Malformed request",
+    "A request of HTTP/1.1 has one Host, no header of one value twice, and no transfer coding but chunked.",
+)
 HEAD_LATE: Final = Refusal(
     408, "request-timeout", "Request timed out", f"A request line with its headers arrives within {HEAD_SECONDS:g} s."
 )
@@ -180,7 +189,8 @@ class Connection(HttpToolsProtocol):
             waits = self._in_head or (answered and self._in_body)
         else:
             self._since += len(data)
-            if self._since > HEAD_BYTES or len(self.headers or ()) > HEADERS:
+            # Some of a chunk's extension, or of trailers, may be in the segment before, and in the one after.
+            if self._since > HEAD_BYTES - (0 if self._in_head else 2 * _PIECE) or len(self.headers or ()) > HEADERS:
                 self._refuse(self._too_large() if self._in_head else MALFORMED)
                 return
             waits = self._in_head or answered
@@ -258,8 +268,9 @@ class Connection(HttpToolsProtocol):
             return
         if self.parser.get_http_version() not in _VERSIONS or len(self.pipeline) >= PIPELINED:
             self._raise(MALFORMED)
-        if _unsent.used and not _unsent.leaves(self._principal, half=True):
-            self.scope["state"]["behind"] = True
+        if self._is_ambiguous():
+            self._raise(AMBIGUOUS)
+        self.scope["state"]["peer"] = self._principal
         super().on_headers_complete()
         self.headers = []  # trailers are no headers
         self._in_head, self._in_body, self._came = False, True, True
@@ -283,11 +294,20 @@ class Connection(HttpToolsProtocol):
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
+    def _is_ambiguous(self) -> bool:
+        single = [header for header in self.headers if header[0] in _ONCE]
+        names = {name for name, _ in single}
+        if len(names) < len(single) or (b"host" not in names and self.parser.get_http_version() == "1.1"):
+            return True
+        return b"transfer-encoding" in names and (b"transfer-encoding", b"chunked") not in [
+            (name, value.strip().lower()) for name, value in single
+        ]
+
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def _too_large(self) -> Refusal:
-        return HEADERS_TOO_LARGE if self.headers or len(self.url) < HEAD_BYTES // 2 else URL_TOO_LONG
+        return URL_TOO_LONG if len(self.url) > HEAD_BYTES // 2 else HEADERS_TOO_LARGE
 
     def _raise(self, refusal: Refusal) -> None:
         self._reason = refusal

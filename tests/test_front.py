@@ -286,6 +286,13 @@ REFUSED = {
     "HTTP/1.2": b"GET /p HTTP/1.2\r\nHost: h\r\n\r\n",
     "a path that is not encoded": "GET /ä HTTP/1.1\r\nHost: h\r\n\r\n".encode(),
     "a blank in the path": b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n",
+    "no host": b"POST /p HTTP/1.1\r\nContent-Length: 1\r\n\r\na",
+    "two hosts": START + b"Host: h\r\nContent-Length: 1\r\n\r\na",
+    "two content types": START + b"Content-Type: text/csv\r\ncontent-type: text/csv\r\n\r\n",
+    "two credentials": START + b"Authorization: Bearer a\r\nAuthorization: Bearer b\r\n\r\n",
+    "chunks of another coding": START + b"Transfer-Encoding: gzip, chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+    "chunks of another coding, in two headers": START
+    + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "nothing sensible": b"\xff\xfe\xfd" * 10,
 }
@@ -372,10 +379,12 @@ async def test_requests_in_one_segment_are_bounded() -> None:
 
 TOO_MUCH = {
     "a URL": (b"GET /", b"a" * 1000, 414),
+    "a URL of a whole head": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"", 414),
     "a header": (b"GET / HTTP/1.1\r\nX: ", b"a" * 1000, 431),
     "a header's name": (b"GET / HTTP/1.1\r\nX", b"a" * 1000, 431),
     "headers": (b"GET / HTTP/1.1\r\n", b"X: %s\r\n" % (b"a" * 990), 431),
     "headers with an offer": (b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n", b"X: a\r\n" * 100, 431),
+    "an extension that has an end": (CHUNKED + b"1;" + b"a" * 66_000 + b"\r\na\r\n0\r\n\r\n", b"", 400),
     "an extension of a chunk": (CHUNKED + b"1;", b"a" * 1000, 400),
     "trailers": (CHUNKED + b"0\r\n", b"X: %s\r\n" % (b"a" * 990), 400),
     "a trailer": (CHUNKED + b"0\r\nX: ", b"a" * 1000, 400),
@@ -394,9 +403,9 @@ async def test_what_has_no_end_is_refused(start: bytes, piece: bytes, status: in
 
 @pytest.mark.parametrize("pieces", [1, 7])
 async def test_the_limits_of_a_head(pieces: int) -> None:
-    def head(nbytes: int, headers: int = 1) -> list[bytes]:
-        more = b"".join(b"X-%d: y\r\n" % number for number in range(headers - 1))
-        start = b"GET /p HTTP/1.1\r\n" + more + b"X: "
+    def head(nbytes: int, headers: int = 2) -> list[bytes]:
+        more = b"".join(b"X-%d: y\r\n" % number for number in range(headers - 2))
+        start = b"GET /p HTTP/1.1\r\nHost: h\r\n" + more + b"X: "
         whole = start + b"a" * (nbytes - len(start) - 4) + b"\r\n\r\n"
         step = -(-len(whole) // pieces)
         return [whole[i : i + step] for i in range(0, len(whole), step)]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ import asyncpg
 import httpx
 import pytest
 import uvicorn
+from fastapi import Request
 from uvicorn.server import Server
 
 from app import server
+from app.api import shares
+from app.api.deps import LISTS, require_admin
 from app.db import embedded
 from app.server import Connection
+from app.settings import Settings
 from tests.conftest import Serve, Service, random_symbol
 from tests.test_service import count
 
@@ -577,6 +581,68 @@ async def connected(port: int, address: str, sent: bytes) -> AsyncIterator[async
         yield reader
     finally:
         writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "parameter"),
+    [
+        ("DELETE", "/v1/quotes?symbol=A&symbol=B&start=2026-11-01&end=2026-11-02", "symbol"),
+        ("GET", "/v1/quotes?symbols=A&limit=1&limit=2", "limit"),
+        ("GET", "/v1/quotes?symbols=A&limit=1&lim%69t=1", "limit"),
+        ("GET", "/v1/quotes/intraday?symbol=A&symbol=A", "symbol"),
+        ("GET", "/v1/ohlc?symbols=A&interval=1m&tz=&tz=UTC", "tz"),
+        ("GET", "/health?a&a", "a"),
+        ("GET", "/health/live?\u00e4=1&\u00e4=2", "?"),
+        ("POST", "/v1/quotes?on_error=skip&on_error=abort", "on_error"),
+    ],
+)
+def test_a_parameter_given_twice_is_refused(service_url: str, method: str, path: str, parameter: str) -> None:
+    answer = httpx.request(method, f"{service_url}{path}", content=b"[]" if method == "POST" else None)
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/problem+json"
+    (fault,) = answer.json()["errors"]
+    assert (fault["code"], fault["parameter"]) == ("repeated-parameter", parameter)
+
+
+def test_lists_may_be_given_in_parts(service_url: str) -> None:
+    """And they are all that is documented as a list."""
+    answer = httpx.get(f"{service_url}/v1/quotes/latest?symbols={random_symbol()}&symbols={random_symbol()}")
+    assert len(answer.json()["missing"]) == 2
+    paths = httpx.get(f"{service_url}/openapi.json").json()["paths"]
+    found = set()
+    for operation in (operation for path in paths.values() for operation in path.values()):
+        for parameter in operation.get("parameters", ()):
+            forms = [parameter["schema"], *parameter["schema"].get("anyOf", ())]
+            found |= {parameter["name"] for form in forms if form.get("type") == "array"}
+    assert found == LISTS - {"name[]"}
+    assert httpx.get(f"{service_url}/metrics?name[]=quotes_build_info&name[]=quotes_rows").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/metrics", "/v1/quotes/latest?symbols=A", "/v1/quotes", "/nowhere"])
+def test_head_is_answered_as_get_without_the_body(service_url: str, path: str) -> None:
+    get, head = (httpx.request(method, f"{service_url}{path}") for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+        ("BEARER  secret", 200),
+        ("Bearer SECRET", 403),
+        ("Bearer", 403),
+        ("Basic secret", 403),
+        ("secret", 403),
+    ],
+)
+async def test_the_scheme_of_a_token_has_no_case(given: str, status: int) -> None:
+    settings = Settings(_env_file=None, admin_token="secret")
+    request = Request({"type": "http", "headers": [(b"authorization", given.encode())]})
+    with nullcontext() if status == 200 else pytest.raises(Forbidden):
+        require_admin(request, settings)
 
 
 async def test_uploads_that_stop_one_byte_short_leave_room_for_others(serve: Serve, shared_dir: Path) -> None:

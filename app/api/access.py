@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics, traces
 from app.api import problems
+from app.api.deps import repeated
 from app.errors import BodyTimeout
 from app.logs import Logger
 
@@ -85,9 +86,16 @@ class Observed:
             structlog.contextvars.reset_contextvars(**bound)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer, or stop where a request can have no answer any more."""
+        """Let the application answer, or stop where a request can have no answer any more.
+
+        To HEAD it answers as to GET; the server leaves out the body.
+        """
+        query = scope["query_string"]
+        if b"&" in query and (name := repeated(query)) is not None:
+            return await problems.repeated(Request(scope), name)(scope, receive, send)
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            await self._app(scope, receive, send)
+            await self._app(inner, receive, send)
         except ClientDisconnect:
             pass
         except asyncio.CancelledError:
@@ -95,6 +103,9 @@ class Observed:
                 raise
             if task := asyncio.current_task():
                 task.uncancel()
+        finally:
+            if "route" in inner:
+                scope["route"] = inner["route"]
 
     def _note(self, scope: Scope, status: int, seconds: float, body_bytes: int | None) -> None:
         """Log a request, and count it unless `body_bytes` is None."""

@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
 from fastapi import Depends, Request, Response
@@ -99,8 +99,9 @@ def require_admin(request: Request, settings: Settings) -> None:
     """
     if settings.admin_token is None:
         raise Forbidden("No administrator's token is configured: set QUOTES_ADMIN_TOKEN to allow this.")
-    expected = f"Bearer {settings.admin_token.get_secret_value()}".encode()
-    if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    expected = settings.admin_token.get_secret_value().encode()
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), expected):
         raise Forbidden("This needs the administrator's token, as `Authorization: Bearer …`.")
 
 
@@ -169,6 +170,20 @@ async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim) -> N
 
 
 # --- query ---
+
+#: Parameters that may be given several times: a list, and what `/metrics` takes.
+LISTS: Final = frozenset({"symbols", "name[]"})
+
+
+@lru_cache(maxsize=256)
+def repeated(query: bytes) -> str | None:
+    """The first parameter of a query that has one value and is given several: whichever counted would be a guess."""
+    seen = set(LISTS)
+    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name in seen and name not in LISTS:
+            return name
+        seen.add(name)
+    return None
 
 
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")

@@ -121,13 +121,12 @@ async def _parameters(request: Request, error: Exception) -> Response:
     errors = []
     for fault in error.errors():
         name = str(fault["loc"][1]) if len(fault["loc"]) > 1 else str(fault["loc"][0])
-        name = name if name.isprintable() and name.isascii() else "?"
         unknown = fault["type"] == "extra_forbidden"
         errors.append(
             {
                 "code": "unknown-parameter" if unknown else "invalid-parameter",
                 "detail": "There is no such parameter." if unknown else str(fault["msg"]).removeprefix("Value error, "),
-                "parameter": name[:64],
+                "parameter": _shown(name),
             }
         )
     names = ", ".join(sorted({fault["parameter"] for fault in errors}))
@@ -141,6 +140,18 @@ async def _http(request: Request, error: Exception) -> Response:
     )
     headers = dict(error.headers or {})
     return _answer(request, error.status_code, code, title, f"{title}: {request.method} on this path.", headers=headers)
+
+
+def repeated(request: Request, parameter: str) -> Response:
+    """Refuse a parameter that is given twice."""
+    name = _shown(parameter)
+    fault = {"code": "repeated-parameter", "detail": "This parameter is given more than once.", "parameter": name}
+    detail = f"This parameter is given more than once: {name}."
+    return _answer(request, 400, "invalid-request", "Invalid request", detail, [fault])
+
+
+def _shown(name: str) -> str:
+    return name[:64] if name.isprintable() and name.isascii() else "?"
 
 
 def unexpected(request: Request, error: Exception) -> Response:

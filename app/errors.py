@@ -14,7 +14,7 @@
     ├── UnsupportedMediaType    415
     │   └── UnsupportedEncoding 415
     ├── NotAcceptable           406
-    ├── Overloaded              503  the write queue is full
+    ├── Overloaded              503  the write queue is full, or this client has its share
     ├── ReaderUnavailable       503  no process reads the body, or it was ended from outside
     ├── DatabaseUnavailable     503  cannot reach or use the database
     │   ├── OutcomeUnknown      503  nobody knows whether a commit has happened
@@ -201,11 +201,11 @@ class NotAcceptable(QuotesError):
 
 
 class Overloaded(QuotesError):
-    """The write queue is full; nothing of the request was stored."""
+    """The write queue is full, or this client has its share; nothing of the request was stored."""
 
     status = 503
     code = "overloaded"
-    title = "Too many quotes are waiting"
+    title = "Too much is waiting"
 
     def __init__(self, detail: str, *, retry_after: float = 1.0) -> None:
         super().__init__(detail)

@@ -141,7 +141,7 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
     # Left first, or the threads would wait for it.
     apart = stack.enter_context(Apart(settings.max_body_bytes, settings.max_batch_rows))
-    shares = Shares(settings, writer, _READERS)
+    shares = Shares(settings, writer, _READERS, database.readable)
     return Services(settings, repository, writer, health, monitor, readers, shares, apart)
 
 

@@ -11,7 +11,9 @@ What a request sends in one piece is looked at without a timer, and costs 2 us m
 import asyncio
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from http import HTTPStatus
+from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
 import httptools
@@ -21,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from app import metrics
 from app.api.access import GONE
 from app.api.problems import MEDIA_TYPE
-from app.api.shares import Pool, principal
+from app.api.shares import connections, principal, starts, unsent
 from app.logs import Logger
 
 log = Logger("app.access")
@@ -44,8 +46,6 @@ _LINGER: Final = 2.0
 #: kernel asks for more only when a third of its buffer is free, which may be a megabyte.
 TAKING_SECONDS: Final = 60.0
 _TAKEN: Final = 256 * 1024
-#: Bytes of answers that clients have not taken, of all connections of a process.
-UNSENT_BYTES: Final = 128 * 1024 * 1024
 _VERSIONS: Final = frozenset({"1.1", "1.0"})
 #: Headers that have one value; the parser itself sees to Content-Length.
 _ONCE: Final = frozenset({b"host", b"content-type", b"content-encoding", b"authorization", b"transfer-encoding"})
@@ -59,6 +59,7 @@ class Refusal:
     code: str
     title: str
     detail: str
+    retry_after: int | None = None
 
     def response(self, request_id: str) -> bytes:
         """The whole response, which announces that the connection ends."""
@@ -73,10 +74,11 @@ class Refusal:
             "errors": [],
         }
         content = msgspec.json.encode(problem)
+        later = "" if self.retry_after is None else f"retry-after: {self.retry_after}\r\n"
         head = (
             f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
             f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(content)}\r\n"
-            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+            f"x-request-id: {request_id}\r\n{later}connection: close\r\n\r\n"
         )
         return head.encode() + content
 
@@ -102,27 +104,39 @@ HEADERS_TOO_LARGE: Final = Refusal(
     f"A request line with its headers has at most {HEAD_BYTES} bytes and {HEADERS} headers.",
 )
 NO_TUNNEL: Final = Refusal(405, "method-not-allowed", "Method not allowed", "This service is no proxy.")
+TOO_MANY: Final = Refusal(
+    503, "overloaded", "Too many connections", "This client has too many connections; close some, or use them.", 1
+)
+
+
+@lru_cache(maxsize=4096)
+def _is_proxy(host: str, trusted: str) -> bool:
+    """Whether what comes from an address stands for many clients, by `trusted_proxies`."""
+    if trusted in {"*", "none"}:
+        return trusted == "*"
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return any(address in ip_network(part.strip()) for part in trusted.split(","))
 
 
 class _Refused(Exception):
     """Raised within the parser, which then stops."""
 
 
-#: Bytes of answers that wait for their clients, by principal.
-_unsent: Final = Pool(UNSENT_BYTES)
-
-
 class Connection(HttpToolsProtocol):
     """One connection.
 
     The application finds in `scope["state"]`: `ended`, the status of a request that can have no answer of its own any
-    more, 499 when its task was cancelled because the client has gone; `behind`, if the client should take the answers
-    that it has asked for before it asks for more.
+    more, 499 when its task was cancelled because the client has gone; `peer`, whose share of answers that are not taken
+    yet its answer takes.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._principal = ""
+        self._counted = False  # among the connections of its principal
         self._in_head = False  # some bytes of a head have come, not all
         self._in_body = False  # a head has come, not all of its body
         self._came = False  # the segment has ended a head or a message, or brought bytes of a body
@@ -134,7 +148,7 @@ class Connection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None  # of a head, or of the rest of a body that nobody wants
         self._running: RequestResponseCycle | None = None  # `cycle` is the last that has come
         self._task: asyncio.Task[None] | None = None
-        self._unsent = 0
+        self._unsent = self._left = 0
         self._look: asyncio.TimerHandle | None = None
 
     # --- the connection ---
@@ -143,11 +157,22 @@ class Connection(HttpToolsProtocol):
         """Expect the first request."""
         super().connection_made(transport)
         self._principal = principal(self.client)
+        starts.connected(self._principal, self.loop)
+        if not _is_proxy(self.client[0] if self.client else "", str(self.config.forwarded_allow_ips)):
+            if not connections.take(self._principal, 1):
+                self._refused = True
+                self._note(TOO_MANY, request_id := secrets.token_hex(8))
+                self.transport.write(TOO_MANY.response(request_id))
+                self.transport.close()
+                return
+            self._counted = True
         self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop what is done for a client that has gone."""
         super().connection_lost(exc)
+        if self._counted:
+            connections.count(self._principal, -1)
         self._unset_keepalive_if_required()
         self._quiet()
         self._taken()
@@ -316,13 +341,26 @@ class Connection(HttpToolsProtocol):
     # --- requests ---
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self.flow.write_paused:  # an answer waits for its client already
+            self.flow.pause_reading()
+            self.pipeline.append((cycle, app))
+            return
         self._running = cycle
+        self._task = None
+        starts.begin(self._principal, partial(self._begin, cycle, app), self.loop)
+
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.disconnected:
+            return
         self._task = self.loop.create_task(cycle.run_asgi(app))
         self._task.add_done_callback(self.tasks.discard)
         self.tasks.add(self._task)
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or see that the last answer is taken."""
+        if self.pipeline and not unsent.leaves(self._principal, half=True):
+            self.pipeline.clear()
+            self.transport.close()
         super().on_response_complete()
         if self._look is None and self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._watch()
@@ -345,6 +383,8 @@ class Connection(HttpToolsProtocol):
             self.pipeline.popleft()  # the last request, of which this is the body
             last = self.pipeline[0][0] if self.pipeline else self._running
             last.keep_alive = False
+            if last.response_complete:  # and waits for its client
+                self.transport.close()
             return
         elif last.response_started:
             self.transport.close()
@@ -360,9 +400,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         else:
-            request_id = secrets.token_hex(8)
-            metrics.HTTP_REQUESTS.labels("none", "other", refusal.status).inc()
-            log.info("request refused", status=refusal.status, problem=refusal.code, request_id=request_id)
+            self._note(refusal, request_id := secrets.token_hex(8))
         self.transport.write(refusal.response(request_id))
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -370,30 +408,38 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    def _note(self, refusal: Refusal, request_id: str) -> None:
+        metrics.HTTP_REQUESTS.labels("none", "other", refusal.status).inc()
+        log.info("request refused", status=refusal.status, problem=refusal.code, request_id=request_id)
+
     # --- answers that are not taken ---
 
     def pause_writing(self) -> None:
         """Note that the client takes its answer more slowly than it is made."""
         super().pause_writing()
         self._watch()
-        if not _unsent.leaves(self._principal):
+        if not unsent.leaves(self._principal):
             log.info("answer dropped", reason="the client takes none of its answers")
             self.transport.abort()
 
     def resume_writing(self) -> None:
         """Note that the client has taken most of its answer."""
         super().resume_writing()
-        if not self.transport.is_closing():
-            self._taken()
+        if self.transport.is_closing():
+            return
+        self._taken()
+        if self.pipeline and self._running and self._running.response_complete:
+            self._start_asgi_task(*self.pipeline.pop())
 
     def _watch(self) -> None:
-        self._count(self.transport.get_write_buffer_size())
+        self._left = self.transport.get_write_buffer_size()
+        self._count(max(self._unsent, self._left))  # an answer is held until all of it is taken
         self._look = self.loop.call_later(TAKING_SECONDS, self._look_again)
 
     def _look_again(self) -> None:
         self._look = None
         left = self.transport.get_write_buffer_size()
-        if left > max(self._unsent - _TAKEN, 0):
+        if left > max(self._left - _TAKEN, 0):
             log.info("answer dropped", reason="the client does not take it")
             self.transport.abort()
         elif left:
@@ -402,7 +448,7 @@ class Connection(HttpToolsProtocol):
             self._count(0)
 
     def _count(self, nbytes: int) -> None:
-        _unsent.count(self._principal, nbytes - self._unsent)
+        unsent.count(self._principal, nbytes - self._unsent)
         self._unsent = nbytes
 
     def _taken(self) -> None:

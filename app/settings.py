@@ -216,6 +216,12 @@ class Settings(BaseSettings):
         default=timedelta(seconds=5),
         description="Longest wait for a connection; one that is opened has a second at least.",
     )
+    client_reads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Reads of one client at the database at once; its others wait for their turn, for `pool_timeout`. "
+        "Unset: as many as there are cores, from 2 to 8.",
+    )
     statement_timeout: Duration = Field(
         default=timedelta(seconds=5), description="Longest run of one read before it is refused with 503."
     )
@@ -355,6 +361,11 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the service brings its own PostgreSQL."""
         return self.database_url is None
+
+    @property
+    def effective_client_reads(self) -> int:
+        """Reads of one client at once, with the default applied."""
+        return self.client_reads or min(max(os.cpu_count() or 1, 2), 8)
 
     @property
     def required_level(self) -> Literal["community", "apache", "none"]:

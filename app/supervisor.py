@@ -5,6 +5,7 @@ stays while another one cannot start; and the status is 0 only for a server that
 """
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +33,8 @@ _ANSWER: Final = 5
 _READY: Final = 90
 #: Seconds between two attempts to start a worker that could not.
 _PAUSE: Final = 1.0
+#: Open files: every connection there may be, and what else is open.
+_FILES: Final = 16_384
 
 
 def check_port(host: str, port: int) -> None:
@@ -62,8 +65,17 @@ def notify(state: str) -> None:
         line.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
 
 
+def _allow_files() -> None:
+    """Take the file descriptors that there are for connections: many systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run(config: uvicorn.Config, directory: Path | None) -> None:
     """Serve until told to stop; several workers share `directory`. Ends the process unless that was the reason."""
+    _allow_files()
     if directory is None:
         server = _Server(config)
         with suppress(KeyboardInterrupt):  # as the server has handled it

@@ -22,6 +22,7 @@ from app import server
 from app.api import shares
 from app.api.deps import LISTS, require_admin
 from app.db import embedded
+from app.errors import Forbidden
 from app.server import Connection
 from app.settings import Settings
 from tests.conftest import Serve, Service, random_symbol
@@ -508,8 +509,8 @@ async def test_an_answer_that_is_not_taken_is_dropped(monkeypatch: pytest.Monkey
     monkeypatch.setattr(server, "TAKING_SECONDS", 0.2)
     request = f"GET / HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\n\r\n".encode()
     async with listening(large) as port, reading_nothing(port, request):
-        await until(lambda: server._unsent.used)
-        await until(lambda: not server._unsent.used)
+        await until(lambda: shares.unsent.used)
+        await until(lambda: not shares.unsent.used)
     # A client that takes it slowly gets all of it.
     async with listening(large) as port, reading_nothing(port, request) as reader:
         got = 0
@@ -521,20 +522,77 @@ async def test_an_answer_that_is_not_taken_is_dropped(monkeypatch: pytest.Monkey
 
 
 async def test_answers_that_one_client_does_not_take_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server._unsent, "limit", 40_000_000)
-    behind = []
+    monkeypatch.setattr(shares.unsent, "limit", 40_000_000)
+    begun = 0
 
     async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        behind.append(scope["state"].get("behind", False))
+        nonlocal begun
+        begun += 1
+        assert scope["state"]["peer"] == "127.0.0.1"
         await large(scope, receive, send)
 
     async with listening(app) as port, reading_nothing(port, INNER):
-        await until(lambda: server._unsent.used)
+        await until(lambda: shares.unsent.used)
         async with reading_nothing(port, INNER):
-            await until(lambda: len(behind) == 2)
-            assert server._unsent.used <= 20_000_000, "the second was closed"
-    assert behind == [False, True]
-    await until(lambda: not server._unsent.used)
+            await until(lambda: begun == 2)
+            assert shares.unsent.used <= 20_000_000, "the second was closed"
+    await until(lambda: not shares.unsent.used)
+
+
+async def test_no_request_begins_while_the_answer_before_it_is_not_taken() -> None:
+    """Nor what comes later on the same connection; all have their answers once the client takes them."""
+    begun: list[str] = []
+
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        begun.append(scope["path"])
+        await large(scope, receive, send)
+
+    get = b"GET /%d HTTP/1.1\r\nHost: h\r\n\r\n"
+    async with listening(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(get % 1)
+        await until(lambda: shares.unsent.used)
+        writer.write(get % 2 + get % 3)
+        await asyncio.sleep(0.2)
+        assert begun == ["/1"]
+        got = 0
+        while got < 3 * len(LARGE):
+            got += len(await reader.read(1_000_000))
+        assert begun == ["/1", "/2", "/3"]
+        writer.transport.abort()
+
+
+async def test_a_client_that_is_behind_has_none_of_what_it_has_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares.unsent, "limit", 40_000_000)
+    begun: list[str] = []
+
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        begun.append(scope["path"])
+        await (large if scope["path"] == "/inner" else echo)(scope, receive, send)
+
+    get = b"GET /%d HTTP/1.1\r\nHost: h\r\n\r\n"
+    async with listening(app) as port, reading_nothing(port, INNER):
+        await until(lambda: shares.unsent.used)
+        got, closed = await talk(port, get % 1 + get % 2 + get % 3)
+    assert (statuses(got), closed, begun) == ([200], True, ["/inner", "/1"])
+
+
+async def test_connections_of_one_address_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of another one are not refused for them, nor those of a proxy that is trusted."""
+    monkeypatch.setattr(shares.connections, "limit", 8)
+    async with listening(echo) as port, AsyncExitStack() as stack:
+
+        async def statuses_of(address: str, count: int) -> list[int]:
+            readers = [await stack.enter_async_context(connected(port, address, INNER)) for _ in range(count)]
+            return [int(STATUS.findall(await reader.readline())[0]) for reader in readers]
+
+        async with asyncio.timeout(20):
+            assert await statuses_of("127.0.0.2", 6) == [200] * 4 + [503] * 2
+            assert await statuses_of("127.0.0.3", 1) == [200]
+            assert await statuses_of("127.0.0.1", 10) == [200] * 10
+    await until(lambda: not shares.connections.used)
+    async with listening(echo) as port, connected(port, "127.0.0.2", INNER) as reader:
+        assert STATUS.findall(await reader.readline()) == [b"200"], "what was closed counts no more"
 
 
 # --- the service ---
@@ -711,3 +769,25 @@ async def test_clients_that_go_are_noted_with_a_line_each(serve: Serve, shared_d
         assert not [code for code, _ in codes if code.startswith("5")]
         # Nobody waits for what they have asked for.
         assert post(service, seed)["unchanged"] == 1
+
+
+async def test_reads_of_one_client_leave_the_database_to_others(serve: Serve, shared_dir: Path) -> None:
+    """More of them than there are connections wait behind a lock; another client's read is answered meanwhile."""
+    data = shared_dir / "greedy"
+    with serve(data, QUOTES_CLIENT_READS="2", QUOTES_POOL_SIZE="4", QUOTES_POOL_OVERFLOW="3") as service:
+        port = port_of(service)
+        holder = await asyncpg.connect(embedded.url(data))
+        await holder.execute("BEGIN; LOCK TABLE quotes.real_time")
+        read_ = b"GET /v1/quotes/count?symbols=A HTTP/1.1\r\nHost: h\r\n\r\n"
+        latest = b"GET /v1/quotes/latest?symbols=A HTTP/1.1\r\nHost: h\r\n\r\n"
+        async with AsyncExitStack() as stack, asyncio.timeout(30):
+            held = [await stack.enter_async_context(connected(port, "127.0.0.2", read_)) for _ in range(20)]
+            working = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while await holder.fetchval(working) < 2:  # noqa: ASYNC110  there is no event
+                await asyncio.sleep(0.02)
+            other = await stack.enter_async_context(connected(port, "127.0.0.3", latest))
+            assert STATUS.findall(await other.readline()) == [b"200"]
+            assert await holder.fetchval(working) == 2
+            await holder.execute("ROLLBACK")
+            assert [STATUS.findall(await reader.readline()) for reader in held] == [[b"200"]] * 20
+        await holder.close()

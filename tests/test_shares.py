@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import sys
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from app.api import shares
 from app.api.deps import read_body
-from app.api.shares import Claim, Pool, Shares, Turns, principal
+from app.api.shares import Claim, Pool, Shares, Starts, Turns, principal
 from app.errors import BodyTimeout, Overloaded, QuotesError, ServiceStopping
 from app.settings import Settings
 from app.writer import Writer
@@ -28,7 +29,7 @@ SETTINGS = Settings(_env_file=None)
 
 def make(**values: Any) -> Shares:
     settings = Settings(_env_file=None, **values)
-    return Shares(settings, Writer(Gate(), settings), 1)
+    return Shares(settings, Writer(Gate(), settings), 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,104 @@ async def test_a_place_is_not_lost_with_who_waited_for_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert (turns._free, turns._waiting) == (1, {})
+
+
+async def test_one_gets_no_more_places_than_its_own_though_others_are_free() -> None:
+    turns = Turns(4, each=2)
+    begun: list[str] = []
+    ends = {who: asyncio.Event() for who in "abc"}
+
+    async def work(who: str) -> None:
+        async with turns.turn(who):
+            begun.append(who)
+            await ends[who].wait()
+
+    tasks = [asyncio.create_task(work(who)) for who in "aaaaab"]
+    await settle()
+    assert begun == ["a", "a", "b"]
+    tasks += [asyncio.create_task(work(who)) for who in "ccb"]
+    await settle()
+    assert begun == ["a", "a", "b", "c"]
+    ends["c"].set()
+    await settle()
+    assert begun == ["a", "a", "b", "c", "c", "b"], "who may have none is passed over"
+    for end in ends.values():
+        end.set()
+    await asyncio.gather(*tasks)
+    assert begun.count("a") == 5
+    assert (turns._free, turns._taken, turns._waiting) == (4, {}, {})
+
+
+async def test_a_turn_is_not_waited_for_for_ever() -> None:
+    turns = Turns(2, each=1)
+    async with turns.turn("a"):
+        late = [asyncio.create_task(turns.turn("a", 0.01).__aenter__()) for _ in range(3)]
+        found = await asyncio.gather(*late, return_exceptions=True)
+        assert [type(error) for error in found] == [shares.NoTurn] * 3
+    assert (turns._free, turns._taken, turns._waiting) == (2, {}, {})
+
+
+async def test_reads_take_turns_and_none_begins_for_who_does_not_take_its_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = make(client_reads=1, pool_timeout="10 ms")
+    async with held.reading(("a", 1), "a"), held.reading(("b", 1), "b"):
+        with pytest.raises(Overloaded) as caught:
+            async with held.reading(("a", 2), "a"):
+                pytest.fail("it was not its turn")
+    assert caught.value.retry_after
+    monkeypatch.setattr(shares, "unsent", Pool(100))
+    shares.unsent.count("a", 50)
+    with pytest.raises(Overloaded, match="take the answers"):
+        async with held.reading(("a", 3), "a"):
+            pytest.fail("its answers wait")
+    async with held.reading(("b", 2), "b"):
+        shares.unsent.count("a", -50)
+        async with held.reading(("a", 3), "a"):
+            assert held.reads._taken == {"a": 1, "b": 1}
+
+
+async def turn_of_loop() -> None:
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+async def test_requests_begin_a_few_at_a_time_of_clients_in_turn() -> None:
+    starts = Starts(2)
+    begun: list[str] = []
+    loop = asyncio.get_running_loop()
+    for who in ("a", "a", "a", "a", "a", "b"):
+        starts.begin(who, partial(begun.append, who), loop)
+    assert begun == ["a", "a"]
+    await turn_of_loop()
+    assert begun[2:4] == ["a", "b"]
+    await settle()
+    assert begun[4:] == ["a", "a"]
+    assert not starts._waiting
+    assert not starts._turning, "nothing runs where nothing begins"
+
+
+async def test_requests_of_who_goes_on_connecting_wait_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = Starts(8)
+    begun: list[str] = []
+    loop = asyncio.get_running_loop()
+
+    async def connect(turns: int) -> None:
+        for _ in range(turns):
+            starts.connected("a", loop)
+            starts.begin("a", partial(begun.append, "a"), loop)
+            await asyncio.sleep(0)
+        starts.begin("b", partial(begun.append, "b"), loop)
+
+    await connect(20)
+    assert begun == ["b"]
+    await settle()
+    assert begun == ["b", *"a" * 20]
+    # But not for ever.
+    monkeypatch.setattr(shares, "_CONNECTING", 0.0)
+    begun.clear()
+    await connect(20)
+    assert len(begun) > 10
 
 
 async def arrive(claim: Claim, *, every: float | None = None, size: int = 1) -> QuotesError | None:

@@ -12,6 +12,7 @@ import hmac
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
@@ -30,7 +31,6 @@ from app.errors import (
     Forbidden,
     InvalidPageToken,
     InvalidRequest,
-    Overloaded,
     QuotesError,
 )
 from app.formats import Format, encoding
@@ -69,6 +69,11 @@ class Services:
     shares: Shares
     apart: Apart
 
+    def reading(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """The turn of a read; clients take turns. It ends before the answer is sent, which may take its client long."""
+        scope = request.scope
+        return self.shares.reading(scope.get("client"), scope["state"].get("peer", ""))
+
     async def read(self, claim: Claim, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
         """What a function makes of a body that is too large to be read on the event loop; clients take turns."""
         loop = asyncio.get_running_loop()
@@ -82,8 +87,6 @@ class Services:
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool
-    if "behind" in request.scope["state"] and request.scope["path"].startswith("/v1/"):
-        raise Overloaded("This client should take the answers that it has asked for before it asks for more.")
     services: Services = request.app.state.services
     return services
 

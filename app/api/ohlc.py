@@ -140,7 +140,8 @@ async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameter
     """OHLC bars that start in a time range, of any interval, in any time zone."""
     spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill)
     wanted, paging = _page(request, query, spec.interval, wired)
-    page, missing = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
+    async with wired.reading(request):
+        page, missing = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
     return page_response(request, wired.settings, "bars", page, paging, missing)
 
 
@@ -150,5 +151,6 @@ async def list_daily_summaries(
 ) -> Response:
     """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
     wanted, paging = _page(request, query, Interval(1, "d"), wired)
-    page, missing = await wired.quotes.at(query.consistency).summary_page(wanted, query.price)
+    async with wired.reading(request):
+        page, missing = await wired.quotes.at(query.consistency).summary_page(wanted, query.price)
     return page_response(request, wired.settings, "summaries", page, paging, missing)

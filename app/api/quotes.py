@@ -158,9 +158,9 @@ async def _quotes(
     limit_per_symbol: int | None,
 ) -> Response:
     check_range(paging.start, paging.end)
-    page = await wired.quotes.at(query.consistency).quotes_page(
-        Range(symbols, paging.start, paging.end, query.limit, sort, limit_per_symbol, paging.after)
-    )
+    wanted = Range(symbols, paging.start, paging.end, query.limit, sort, limit_per_symbol, paging.after)
+    async with wired.reading(request):
+        page = await wired.quotes.at(query.consistency).quotes_page(wanted)
     return page_response(request, wired.settings, "quotes", page, paging)
 
 
@@ -169,16 +169,18 @@ async def latest_quotes(request: Request, query: Annotated[LatestQuery, QueryPar
     """The newest quote of each symbol; symbols without one are listed as missing."""
     formats.writer(request.headers.get("accept"))
     symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
-    rows, missing = await wired.quotes.at(query.consistency).latest_rows(symbols)
+    async with wired.reading(request):
+        rows, missing = await wired.quotes.at(query.consistency).latest_rows(symbols)
     return json_response(f'{{"quotes":[{rows}],"missing":{msgspec.json.encode(missing).decode()}}}')
 
 
 @router.get("/quotes/count", response_model=Count, responses=responses(400, 503))
-async def count_quotes(query: Annotated[CountQuery, QueryParameters()], wired: Wired) -> Response:
+async def count_quotes(request: Request, query: Annotated[CountQuery, QueryParameters()], wired: Wired) -> Response:
     """How many quotes are stored."""
     if query.start is not None and query.end is not None:
         check_range(query.start, query.end)
     symbols = None if query.symbols is None else resolve_symbols(query.symbols, wired.settings)
     store = wired.quotes.at(query.consistency)
-    count = await store.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
+    async with wired.reading(request):
+        count = await store.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
     return encoded({"count": count, "exact": not query.estimate})

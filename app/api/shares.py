@@ -9,8 +9,8 @@ next. Whoever stops sending is cut off soon, whoever sends slowly is not.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from types import TracebackType
@@ -22,6 +22,14 @@ from app.writer import Writer
 
 #: Bodies that may be arriving at once.
 UPLOADS: Final = 1000
+#: Bytes of answers that clients have not taken.
+UNSENT_BYTES: Final = 128 * 1024 * 1024
+#: Requests that begin at once. The first step of one takes up to a millisecond.
+STARTS: Final = 8
+#: Seconds that requests wait at most for their client to be done with connecting.
+_CONNECTING: Final = 0.25
+#: Connections of a process.
+CONNECTIONS: Final = 4096
 #: Characters of an address; what a proxy says may be longer.
 _LONGEST: Final = 64
 #: Seconds between two looks at the bodies that are arriving.
@@ -88,57 +96,164 @@ class Pool:
         return self._of.get(who, 0) * (1 + half) <= self.parts * (self.limit - self.used)
 
 
-class Turns:
-    """A few places, taken in turn by principals: who waits with much waits behind whoever waits with little."""
+#: Bytes of answers that clients have not taken, of all connections of this process, by the other end's principal.
+unsent: Final = Pool(UNSENT_BYTES)
 
-    def __init__(self, places: int) -> None:
+
+class NoTurn(Exception):
+    """A turn did not come in time."""
+
+
+class Turns:
+    """A few places, taken in turn by principals: who waits with much waits behind whoever waits with little.
+
+    A principal has at most `each` of them at a time, also where others are free.
+    """
+
+    def __init__(self, places: int, each: int | None = None) -> None:
         self._free = places
+        self._each = places if each is None else each
+        self._taken: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
-    async def turn(self, who: str) -> AsyncIterator[None]:
-        """A place for as long as the block takes."""
-        if self._free:
-            self._free -= 1
-        else:
+    async def turn(self, who: str, patience: float | None = None) -> AsyncIterator[None]:
+        """A place for as long as the block takes.
+
+        Raises:
+            NoTurn: there was none for `patience` seconds.
+        """
+        if not self._take(who):
             place = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(who, deque()).append(place)
             try:
-                await place
-            except asyncio.CancelledError:
+                async with asyncio.timeout(patience):
+                    await place
+            except (asyncio.CancelledError, TimeoutError) as error:
                 if place.done() and not place.cancelled():
-                    self._leave()
+                    self._leave(who)
+                else:
+                    self._forget(who, place)
+                if isinstance(error, TimeoutError):
+                    raise NoTurn from None
                 raise
         try:
             yield
         finally:
-            self._leave()
+            self._leave(who)
 
-    def _leave(self) -> None:
-        """Give the place to the principal that has waited longest for one, and put it behind the others."""
-        while self._waiting:
-            who = next(iter(self._waiting))
-            places = self._waiting.pop(who)
-            while places:
-                place = places.popleft()
-                if not place.done():  # as of one that waits no more
-                    if places:
-                        self._waiting[who] = places
-                    place.set_result(None)
-                    return
+    def _forget(self, who: str, place: asyncio.Future[None]) -> None:
+        if (places := self._waiting.get(who)) is not None:
+            with suppress(ValueError):
+                places.remove(place)
+            if not places:
+                del self._waiting[who]
+
+    def _take(self, who: str) -> bool:
+        taken = self._taken.get(who, 0)
+        if not self._free or taken >= self._each:
+            return False
+        self._free -= 1
+        self._taken[who] = taken + 1
+        return True
+
+    def _leave(self, who: str) -> None:
+        """Give the place to the principal that has waited longest and may have one, and put it behind the others."""
         self._free += 1
+        self._taken[who] -= 1
+        if not self._taken[who]:
+            del self._taken[who]
+        for waiting, places in self._waiting.items():
+            while places and places[0].done():  # as of one that waits no more
+                places.popleft()
+            if places and self._take(waiting):
+                break
+        else:
+            return
+        del self._waiting[waiting]
+        place = places.popleft()
+        if places:
+            self._waiting[waiting] = places
+        place.set_result(None)
+
+
+class Starts:
+    """Requests that begin: a few in each turn of the event loop, of principals in turn.
+
+    The loop accepts one connection a turn. So those of a principal that goes on connecting wait until it is done, for a
+    while: behind 400 connections of one client with a read each, the next client else waits for 0.8 s.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = self._left = at_once
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: When each began to wait, and how to start it.
+        self._waiting: dict[str, deque[tuple[float, Callable[[], None]]]] = {}
+        #: Who connected in this turn of the loop, and in the last one.
+        self._now: set[str] = set()
+        self._before: set[str] = set()
+        self._turning = False
+
+    def connected(self, who: str, loop: asyncio.AbstractEventLoop) -> None:
+        """Note that a principal has made a connection."""
+        self._turn(loop)
+        self._now.add(who)
+
+    def begin(self, who: str, start: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+        """Start at once, or soon."""
+        self._turn(loop)
+        if self._left and who not in self._before and who not in self._now:
+            self._left -= 1
+            start()
+        else:
+            self._waiting.setdefault(who, deque()).append((loop.time(), start))
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop is not self._loop:
+            self.__init__(self._at_once)  # type: ignore[misc]
+            self._loop = loop
+        if not self._turning:
+            self._turning = True
+            loop.call_soon(self._next, loop)
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin what waits, in a new turn of the loop."""
+        self._turning = False
+        connecting, self._before, self._now = self._now, self._now, set()
+        self._left = self._at_once
+        early = loop.time() - _CONNECTING
+        ready = deque(who for who, starts in self._waiting.items() if who not in connecting or starts[0][0] < early)
+        while self._left and ready:
+            who = ready.popleft()
+            starts = self._waiting.pop(who)
+            _, start = starts.popleft()
+            if starts:
+                self._waiting[who] = starts  # behind the others
+                ready.append(who)
+            self._left -= 1
+            start()
+        if self._waiting or connecting:
+            self._turn(loop)
+
+
+#: Those of this process.
+starts: Final = Starts(STARTS)
+#: Connections of this process, by the other end's principal.
+connections: Final = Pool(CONNECTIONS)
 
 
 class Shares:
     """The pools of a service, and the bodies that are arriving."""
 
-    def __init__(self, settings: Settings, writer: Writer, readers: int) -> None:
+    def __init__(self, settings: Settings, writer: Writer, readers: int, reads: int) -> None:
         self.writer = writer
         # Half of the bytes: a body becomes several times as much while it is read.
         self.bytes = Pool(settings.writer_queue_bytes)
         self.rows = Pool(settings.writer_queue_rows, parts=3)
         self.uploads = Pool(UPLOADS, parts=3)
         self.readers = Turns(readers)
+        self.reads = Turns(reads, settings.effective_client_reads)
+        self._patience = settings.pool_timeout.total_seconds()
         self.arriving: set[Claim] = set()
         self._idle = settings.body_timeout.total_seconds()
         self._rate = settings.body_rate
@@ -147,6 +262,25 @@ class Shares:
     def claim(self, client: tuple[str, int] | None) -> "Claim":
         """What one request of this client takes; a context manager, which gives back what is left at its end."""
         return Claim(self, principal(client))
+
+    @asynccontextmanager
+    async def reading(self, client: tuple[str, int] | None, peer: str) -> AsyncIterator[None]:
+        """The turn of a read, from its statement to its answer; whose peer it is may be a proxy.
+
+        Raises:
+            Overloaded: it was not this client's turn in time, or it has answers to take first.
+        """
+        self._taking(peer)
+        try:
+            async with self.reads.turn(principal(client), self._patience):
+                self._taking(peer)  # answers before it may wait by now
+                yield
+        except NoTurn:
+            raise Overloaded("This client asks for more at once than it gets; wait for its answers.") from None
+
+    def _taking(self, peer: str) -> None:
+        if unsent.used and not unsent.leaves(peer, half=True):
+            raise Overloaded("This client should take the answers that it has asked for before it asks for more.")
 
     def watch(self) -> None:
         """Look at the bodies that are arriving, for as long as there are any."""

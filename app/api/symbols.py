@@ -41,6 +41,7 @@ async def list_symbols(request: Request, query: Annotated[SymbolsQuery, QueryPar
     """Stored symbols, at a cost independent of how many quotes they have."""
     formats.writer(request.headers.get("accept"))
     after = None if query.page_token is None else normal_symbol(query.page_token)
-    rows, last = await wired.quotes.at(query.consistency).symbols_page(query.limit, after)
+    async with wired.reading(request):
+        rows, last = await wired.quotes.at(query.consistency).symbols_page(query.limit, after)
     token = "null" if last is None else f'"{last}"'
     return json_response(f'{{"symbols":[{rows}],"next_page_token":{token}}}')

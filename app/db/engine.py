@@ -124,7 +124,10 @@ class Database:
         self._patience = max(settings.pool_timeout.total_seconds(), _OPENING)
         # Reads that hang, as behind a lock on an old chunk, must not take the connections of the writes.
         kept = 2 * settings.writer_flushes if role == "primary" else 0
-        self._turns = Turns(settings.pool_size + settings.pool_overflow, kept) if settings.pool_size else None
+        most = settings.pool_size + settings.pool_overflow
+        self._turns = Turns(most, kept) if settings.pool_size else None
+        #: Reads that may run at once.
+        self.readable = max(most - kept, 1)
         #: What the last probe left open, for one that the server has no connection to spare for.
         self._probe: Connection | None = None
         self._in_use = metrics.POOL_IN_USE.labels(role)

@@ -143,6 +143,7 @@ class ReplicatedDatabase(Database):
             pool = Database(host, settings, "replica")
             probe = _Probe(partial(pool.open_host, 0, _PATIENCE), _PATIENCE)
             self._replicas.append(_Replica(str(index), name_of(host), pool, probe))
+            self.readable += pool.readable
         self._turn = itertools.count()
         self._log = _Log()
         self._watchers: list[asyncio.Task[None]] = []

@@ -55,6 +55,17 @@ def slow_readers(_: random.Random, __: float) -> list[Exchange]:
     return [Exchange("read slowly", [request("GET", _LARGE, close=False) * 5], reads="slow", leaves=True)] * 100
 
 
+def unread(_: random.Random, scale: float) -> list[Exchange]:
+    """Four hundred clients of one address that ask for eight large answers each, and read none."""
+    sends: list[bytes | float] = [request("GET", _LARGE, close=False) * 8, max(2.0, 10 * min(scale, 1))]
+    return [Exchange("ask and not read", sends, reads="none", leaves=True)] * 400
+
+
+def greedy(_: random.Random, __: float) -> list[Exchange]:
+    """Readers of one address that ask for ten thousand rows, and again as soon as they have them."""
+    return [Exchange("read on and on", [request("GET", _LARGE)], frozenset({200, 503}), patience=60)] * 80
+
+
 def idle(_: random.Random, scale: float) -> list[Exchange]:
     """Thousands of connections on which nothing is said, or half a head, or one request and no more."""
     count, pause = max(300, round(3000 * min(scale, 1))), max(2.0, 15 * min(scale, 1))
@@ -88,6 +99,8 @@ def storm(_: random.Random, __: float) -> list[Exchange]:
 ATTACKS: Final = [
     Attack("clients that go", gone, 50),
     Attack("slow readers", slow_readers, 100),
+    Attack("readers that do not read", unread, 400),
+    Attack("greedy readers", greedy, 80),
     Attack("idle connections", idle, 4000),
     Attack("a slow uplink", uplinks, 4),
     Attack("a connection each", storm, 200, crowds=True),

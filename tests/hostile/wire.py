@@ -178,14 +178,16 @@ async def read_answer(reader: asyncio.StreamReader, *, bodyless: bool = False) -
     return Answer(int(status), headers, body)
 
 
-async def connect(url: str, source: str = "127.0.0.4") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    url: str, source: str = "127.0.0.4", limit: int = 2**20
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection from an address of this machine, so that clients are told apart.
 
     It is another one than the service's: from there, while nobody listens, a connection to itself would take the port.
     """
     parts = urlsplit(url)
     return await asyncio.open_connection(
-        parts.hostname, parts.port, limit=2**20, local_addr=(source, 0), happy_eyeballs_delay=None
+        parts.hostname, parts.port, limit=limit, local_addr=(source, 0), happy_eyeballs_delay=None
     )
 
 
@@ -232,7 +234,7 @@ async def carry_out(exchange: Exchange, url: str) -> tuple[list[Answer], str]:
     """
     found: list[Answer] = []
     failure = ""
-    reader, writer = await connect(url)
+    reader, writer = await connect(url, limit=1 if exchange.reads == "none" else 2**20)
     sending = asyncio.create_task(_send(writer, exchange.sends))
     try:
         async with asyncio.timeout(exchange.patience):

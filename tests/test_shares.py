@@ -148,7 +148,7 @@ async def test_one_gets_no_more_places_than_its_own_though_others_are_free() -> 
 async def test_a_turn_is_not_waited_for_for_ever() -> None:
     turns = Turns(2, each=1)
     async with turns.turn("a"):
-        late = [asyncio.create_task(turns.turn("a", 0.01).__aenter__()) for _ in range(3)]
+        late = [asyncio.create_task(turns.take("a", 0.01)) for _ in range(3)]
         found = await asyncio.gather(*late, return_exceptions=True)
         assert [type(error) for error in found] == [shares.NoTurn] * 3
     assert (turns._free, turns._taken, turns._waiting) == (2, {}, {})

@@ -117,8 +117,16 @@ class Turns:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
-    async def turn(self, who: str, patience: float | None = None) -> AsyncIterator[None]:
-        """A place for as long as the block takes.
+    async def turn(self, who: str) -> AsyncIterator[None]:
+        """A place for as long as the block takes."""
+        await self.take(who)
+        try:
+            yield
+        finally:
+            self.leave(who)
+
+    async def take(self, who: str, patience: float | None = None) -> None:
+        """Take a place, until `leave` gives it back.
 
         Raises:
             NoTurn: there was none for `patience` seconds.
@@ -131,16 +139,12 @@ class Turns:
                     await place
             except (asyncio.CancelledError, TimeoutError) as error:
                 if place.done() and not place.cancelled():
-                    self._leave(who)
+                    self.leave(who)
                 else:
                     self._forget(who, place)
                 if isinstance(error, TimeoutError):
                     raise NoTurn from None
                 raise
-        try:
-            yield
-        finally:
-            self._leave(who)
 
     def _forget(self, who: str, place: asyncio.Future[None]) -> None:
         if (places := self._waiting.get(who)) is not None:
@@ -157,7 +161,7 @@ class Turns:
         self._taken[who] = taken + 1
         return True
 
-    def _leave(self, who: str) -> None:
+    def leave(self, who: str) -> None:
         """Give the place to the principal that has waited longest and may have one, and put it behind the others."""
         self._free += 1
         self._taken[who] -= 1
@@ -270,13 +274,17 @@ class Shares:
         Raises:
             Overloaded: it was not this client's turn in time, or it has answers to take first.
         """
+        who = principal(client)
         self._taking(peer)
         try:
-            async with self.reads.turn(principal(client), self._patience):
-                self._taking(peer)  # answers before it may wait by now
-                yield
+            await self.reads.take(who, self._patience)
         except NoTurn:
             raise Overloaded("This client asks for more at once than it gets; wait for its answers.") from None
+        try:
+            self._taking(peer)  # answers before it may wait by now
+            yield
+        finally:
+            self.reads.leave(who)
 
     def _taking(self, peer: str) -> None:
         if unsent.used and not unsent.leaves(peer, half=True):

@@ -157,7 +157,7 @@ async def test_a_turn_is_not_waited_for_for_ever() -> None:
 async def test_reads_take_turns_and_none_begins_for_who_does_not_take_its_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = make(client_reads=1, pool_timeout="10 ms")
+    held = make(client_reads=1, pool_timeout="10 ms", statement_timeout="10 ms")
     async with held.reading(("a", 1), "a"), held.reading(("b", 1), "b"):
         with pytest.raises(Overloaded) as caught:
             async with held.reading(("a", 2), "a"):
@@ -373,3 +373,11 @@ def test_proxies_that_are_trusted(value: str) -> None:
 def test_proxies_that_are_no_addresses(value: str) -> None:
     with pytest.raises(ValidationError, match="addresses and networks"):
         Settings(_env_file=None, trusted_proxies=value)
+
+
+def test_reads_of_one_client_where_the_database_shares_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Settings(_env_file=None, database_url="postgresql://h/d")
+    for cores, reads in ((None, 1), (1, 1), (2, 1), (4, 2), (64, 4)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert (SETTINGS.effective_client_reads, elsewhere.effective_client_reads) == (reads, 4)
+    assert Settings(_env_file=None, client_reads=7).effective_client_reads == 7

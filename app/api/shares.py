@@ -257,7 +257,8 @@ class Shares:
         self.uploads = Pool(UPLOADS, parts=3)
         self.readers = Turns(readers)
         self.reads = Turns(reads, settings.effective_client_reads)
-        self._patience = settings.pool_timeout.total_seconds()
+        # A statement that takes all of its time does not make the next one fail.
+        self._patience = (settings.pool_timeout + settings.statement_timeout).total_seconds()
         self.arriving: set[Claim] = set()
         self._idle = settings.body_timeout.total_seconds()
         self._rate = settings.body_rate

@@ -776,18 +776,19 @@ async def test_reads_of_one_client_leave_the_database_to_others(serve: Serve, sh
     data = shared_dir / "greedy"
     with serve(data, QUOTES_CLIENT_READS="2", QUOTES_POOL_SIZE="4", QUOTES_POOL_OVERFLOW="3") as service:
         port = port_of(service)
-        holder = await asyncpg.connect(embedded.url(data))
+        holder, watcher = [await asyncpg.connect(embedded.url(data)) for _ in range(2)]
         await holder.execute("BEGIN; LOCK TABLE quotes.real_time")
         read_ = b"GET /v1/quotes/count?symbols=A HTTP/1.1\r\nHost: h\r\n\r\n"
         latest = b"GET /v1/quotes/latest?symbols=A HTTP/1.1\r\nHost: h\r\n\r\n"
         async with AsyncExitStack() as stack, asyncio.timeout(30):
             held = [await stack.enter_async_context(connected(port, "127.0.0.2", read_)) for _ in range(20)]
             working = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            while await holder.fetchval(working) < 2:  # noqa: ASYNC110  there is no event
+            while await watcher.fetchval(working) < 2:  # noqa: ASYNC110  there is no event
                 await asyncio.sleep(0.02)
             other = await stack.enter_async_context(connected(port, "127.0.0.3", latest))
             assert STATUS.findall(await other.readline()) == [b"200"]
-            assert await holder.fetchval(working) == 2
+            assert await watcher.fetchval(working) == 2
             await holder.execute("ROLLBACK")
             assert [STATUS.findall(await reader.readline()) for reader in held] == [[b"200"]] * 20
         await holder.close()
+        await watcher.close()

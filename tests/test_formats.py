@@ -54,6 +54,7 @@ else:
     from backports import zstd
 
 TERMS = Terms(Limits.at(NOW))
+CSV = formats.FORMATS["csv"]
 WHEN = "2026-11-20T10:00:00Z"
 
 
@@ -83,7 +84,7 @@ def test_csv_means_the_same_as_rows_of_text(
 ) -> None:
     texts = [{name: value for name, value in row.items() if value and "\ud800" not in value} for row in rows]
     body = b"\xef\xbb\xbf" * bom + in_csv(texts, lineterminator=ends, quoting=quoting)
-    assert outcome(lambda: csv.decode(body, terms)) == outcome(lambda: Batch.from_rows(texts, terms))
+    assert outcome(lambda: CSV.decode(body, terms)) == outcome(lambda: Batch.from_rows(texts, terms))
 
 
 cells = st.lists(
@@ -99,10 +100,10 @@ cells = st.lists(
 def test_the_two_ways_through_csv_agree(text: str, precision: Precision | None) -> None:
     body = b"symbol,timestamp,price,volume\n" + text.encode()
     terms = Terms(Limits.at(NOW), "skip", "update", precision)
-    both = outcome(lambda: csv.decode(body, terms))
+    both = outcome(lambda: CSV.decode(body, terms))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csv, "_table", lambda *_: None)
-        assert outcome(lambda: csv.decode(body, terms)) == both
+        assert outcome(lambda: CSV.decode(body, terms)) == both
 
 
 @pytest.mark.parametrize("quoting", [standard_csv.QUOTE_MINIMAL, standard_csv.QUOTE_ALL])
@@ -111,14 +112,14 @@ def test_usual_csv_goes_the_fast_way(monkeypatch: pytest.MonkeyPatch, quoting: A
     row = {"ts": "2026-11-20T10:00:00.123456789Z", "last": "1.50", "volume": "0.00000007", "source": ""}
     rows = [row | {"ticker": name} for name in ("NA", "null", "nan")]
     body = in_csv(rows, columns=("source", "ts", "volume", "ticker", "last"), quoting=quoting)
-    found = csv.decode(body, TERMS).rows.to_pylist()
+    found = CSV.decode(body, TERMS).rows.to_pylist()
     assert [row["symbol"] for row in found] == ["NA", "NAN", "NULL"]
     assert {(row["price"], row["volume"], row["source"], row["bid"]) for row in found} == {
         (Decimal("1.5"), Decimal("0.00000007"), None, None)
     }
     assert {row["nanos"] for row in found} == {789}
     with pytest.raises(InvalidQuotes) as caught:
-        csv.decode(body.replace(b"1.50", b"-1.5"), TERMS)
+        CSV.decode(body.replace(b"1.50", b"-1.5"), TERMS)
     assert caught.value.rejections[1].pointer == "/1/last"
 
 
@@ -150,7 +151,7 @@ def test_usual_csv_goes_the_fast_way(monkeypatch: pytest.MonkeyPatch, quoting: A
 def test_a_bad_line_of_csv_is_named(line: str, pointer: str, code: str) -> None:
     text = f"symbol,ts,last,volume\r\nA,{WHEN},1,2\r\n\r\n{line}\r\nB,{WHEN},1.00,2"
     body = text.encode("utf-8", "surrogateescape")
-    batch = csv.decode(body, Terms(TERMS.limits, "skip"))
+    batch = CSV.decode(body, Terms(TERMS.limits, "skip"))
     found = [(r.index, r.pointer, r.code) for r in batch.rejected]
     assert found == [(1, f"/1{pointer}", code)]
     assert (batch.received, batch.rows["symbol"].to_pylist()) == (3, ["A", "B"])
@@ -179,7 +180,7 @@ def test_a_bad_line_of_csv_is_named(line: str, pointer: str, code: str) -> None:
 )
 def test_what_is_no_csv_of_quotes(body: bytes, words: str) -> None:
     with pytest.raises(MalformedBody) as caught:
-        csv.decode(body, TERMS)
+        CSV.decode(body, TERMS)
     assert words in caught.value.detail
 
 
@@ -202,7 +203,7 @@ def test_a_long_cell_refuses_its_row(name: str, cell: str, code: str, others: st
     cells = {"symbol": "A", "timestamp": WHEN, "price": "1", "volume": "1", "source": "y"}
     good, bad = (",".join(row.values()) for row in (cells, cells | {name: cell}))
     body = f"{','.join(cells)}\n{good}\n{bad}\n{good.replace('A', 'B')}\n{others}"
-    batch = csv.decode(body.encode(), Terms(Limits.at(NOW), "skip"))
+    batch = CSV.decode(body.encode(), Terms(Limits.at(NOW), "skip"))
     refused = [("/1/" + name, code)] + ([("/3", "row-misquoted")] if others else [])
     assert [(r.pointer, r.code) for r in batch.rejected] == refused
     assert (batch.received, len(batch)) == (3 + bool(others), 2)
@@ -244,8 +245,8 @@ def test_only_what_is_known_to_be_quick_is_read_at_once(name: str) -> None:
 def test_csv_of_too_many_rows(rows: int) -> None:
     body = b"symbol,timestamp,price\n" + f"A,{WHEN},1\n".encode() * rows
     with pytest.raises(BodyTooLarge):
-        csv.decode(body, Terms(Limits(max_rows=10)))
-    assert csv.decode(body.replace(b"\n", b"\n\n"), Terms(Limits(max_rows=rows))).received == rows
+        CSV.decode(body, Terms(Limits(max_rows=10)))
+    assert CSV.decode(body.replace(b"\n", b"\n\n"), Terms(Limits(max_rows=rows))).received == rows
 
 
 @pytest.mark.parametrize("header", ["", "id", "__index_level_0__"])
@@ -253,9 +254,9 @@ def test_the_index_of_a_data_frame_is_passed_over_in_csv(header: str) -> None:
     body = f"{header},symbol,timestamp,price\n0,A,{WHEN},1\n1,B,{WHEN},x\n".encode()
     if header == "id":
         with pytest.raises(MalformedBody, match="'id'"):
-            csv.decode(body, TERMS)
+            CSV.decode(body, TERMS)
         return
-    batch = csv.decode(body, Terms(TERMS.limits, "skip"))
+    batch = CSV.decode(body, Terms(TERMS.limits, "skip"))
     assert (batch.rows["symbol"].to_pylist(), [r.pointer for r in batch.rejected]) == (["A"], ["/1/price"])
 
 
@@ -922,14 +923,14 @@ def test_a_length_that_is_no_number(service_url: str, length: str) -> None:
 def test_a_quote_that_takes_lines_with_it_refuses_the_body() -> None:
     body = f'symbol,timestamp,price,source\nA,{WHEN},1,"feed\nB,{WHEN},1,x\nC,{WHEN},1,"ok"\nD,{WHEN},1,ok\n'
     with pytest.raises(MalformedBody, match="in row 0 or after"):
-        csv.decode(body.encode(), Terms(Limits.at(NOW), on_error="skip"))
+        CSV.decode(body.encode(), Terms(Limits.at(NOW), on_error="skip"))
 
 
 def test_a_mark_of_order_within_the_text_is_a_letter() -> None:
     body = f"symbol,timestamp,price\n\ufeffA,{WHEN},1\nB,{WHEN},1\n".encode()
-    batch = csv.decode(body, Terms(Limits.at(NOW), on_error="skip"))
+    batch = CSV.decode(body, Terms(Limits.at(NOW), on_error="skip"))
     assert [(r.index, r.code) for r in batch.rejected] == [(0, "symbol-invalid")]
-    source = csv.decode(f"source,symbol,timestamp,price\n\ufefffeed,A,{WHEN},1\n".encode(), TERMS)
+    source = CSV.decode(f"source,symbol,timestamp,price\n\ufefffeed,A,{WHEN},1\n".encode(), TERMS)
     assert source.rows["source"].to_pylist() == ["\ufefffeed"]
 
 
@@ -949,7 +950,7 @@ def test_years_without_room_have_one_answer_in_every_format(year: str) -> None:
     answers = {
         batch.rejected[0].code
         for batch in (
-            csv.decode(f"symbol,timestamp,price\nA,{when},1\n".encode(), terms),
+            CSV.decode(f"symbol,timestamp,price\nA,{when},1\n".encode(), terms),
             arrow.decode(sink.getvalue().to_pybytes(), terms),
             formats.reader(None).decode(f'[{{"symbol":"A","timestamp":"{when}","price":1}}]'.encode(), terms),
         )

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from app.clock import UNITS, nanoseconds, rfc3339_nano
 from app.errors import BodyTooLarge, InvalidQuotes, MalformedBody, Rejection
-from app.formats import json, ndjson
+from app.formats import FORMATS
 from app.quote import columns, rows
 from app.quote.batch import Batch, ends, joined, order
 from app.quote.fields import NAMES, NANOS, NUMBERS, VALUES
@@ -51,6 +51,8 @@ requests = st.one_of(
     st.lists(st.one_of(tame_rows, tame_rows, wild_rows), min_size=1, max_size=8),
     st.lists(wild_rows, min_size=1, max_size=4),
 )
+
+json, ndjson = FORMATS["json"], FORMATS["ndjson"]
 
 
 @contextmanager

@@ -19,17 +19,31 @@ from app.quote.terms import Terms
 class Format:
     """A format: its name for `?format=`, its media types (the first is canonical) and its decoders.
 
-    `decode` turns a body into a batch on the terms of the request. It is called in a process apart, because it takes
+    `thorough` turns a body into a batch on the terms of the request. It is called in a process apart, because it takes
     more than a few milliseconds, or foreign code reads what is binary. `quick` does so where everything about the body
     is as it should be, in a tenth of the time, and gives None where something might not be; binary formats have none.
+    A text is always tried by `quick` first, which bounds what it becomes.
     """
 
     name: str
     media_types: tuple[str, ...]
-    decode: Callable[[bytes, Terms], Batch]
+    thorough: Callable[[bytes, Terms], Batch]
     quick: Callable[[bytes, Terms], Batch | None] | None = None
     writes: bool = False
     inline_bytes: int = 256 * 1024
+
+    def decode(self, body: bytes, terms: Terms, *, tried: bool = False) -> Batch:
+        """The batch of a body, which `quick` was `tried` for or is.
+
+        Raises:
+            QuotesError: why it is none.
+        """
+        batch = None if tried or self.quick is None else self.quick(body, terms)
+        return self.thorough(body, terms) if batch is None else batch
+
+    def tries(self, body: bytes) -> bool:
+        """Whether to try a body takes the event loop a few milliseconds at most."""
+        return self.quick is not None and len(body) <= self.inline_bytes
 
     def at_once(self, body: bytes, terms: Terms) -> Batch | None:
         """The batch of a body that takes the event loop a few milliseconds; None if it may take longer.
@@ -37,19 +51,19 @@ class Format:
         Raises:
             QuotesError: as `decode`.
         """
-        if self.quick is None or len(body) > self.inline_bytes:
+        if self.quick is None or not self.tries(body):
             return None
         batch = self.quick(body, terms)
-        return self.decode(body, terms) if batch is None and texts.is_short(body) else batch
+        return self.thorough(body, terms) if batch is None and texts.is_short(body) else batch
 
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
         fmt.name: fmt
         for fmt in (
-            Format("json", ("application/json",), json.decode, json.quick, writes=True),
-            Format("ndjson", ("application/x-ndjson", "application/jsonl"), ndjson.decode, ndjson.quick),
-            Format("csv", ("text/csv",), csv.decode, csv.quick),
+            Format("json", ("application/json",), json.thorough, json.quick, writes=True),
+            Format("ndjson", ("application/x-ndjson", "application/jsonl"), ndjson.thorough, ndjson.quick),
+            Format("csv", ("text/csv",), csv.thorough, csv.quick),
             Format(
                 "arrow",
                 ("application/vnd.apache.arrow.stream", "application/vnd.apache.arrow.file"),

@@ -34,25 +34,22 @@ _KEPT: Final = 2000
 _QUOTED_OR_PLAIN: Final = re.compile(r'"((?:[^"]++|"")*+)"|([^",\r\n]*+)')
 
 
-def decode(body: bytes, terms: Terms) -> Batch:
-    """The batch of a CSV body; row numbers count the lines after the header that are not empty.
+def thorough(body: bytes, terms: Terms) -> Batch:
+    """The batch of a CSV body, looked at row by row; row numbers count the lines after the header that are not empty.
 
     Raises:
         MalformedBody: the header is no header of quotes, or the text is no CSV.
         InvalidQuotes, InvalidRequest, BodyTooLarge: as `Batch.from_rows`.
     """
-    batch = quick(body, terms)
-    if batch is None:
-        names, _, start = _columns(body)
-        batch = Batch.from_rows(_rows(body, start, names, terms.limits.max_rows), terms)
-    return batch
+    names, _, start = _columns(body)
+    return Batch.from_rows(_rows(body, start, names, terms.limits.max_rows), terms)
 
 
 def quick(body: bytes, terms: Terms) -> Batch | None:
     """The batch of a CSV body in which everything is as it should be; None if something might not.
 
     Raises:
-        MalformedBody, InvalidQuotes, InvalidRequest, BodyTooLarge: as `decode`.
+        MalformedBody, InvalidQuotes, InvalidRequest, BodyTooLarge: as `thorough`.
     """
     names, fields, start = _columns(body)
     lines = count(body, b"\n")
@@ -106,11 +103,11 @@ def _table(body: bytes, start: int, names: list[str], fields: Mapping[str, str])
     return table.select(list(fields.values())).rename_columns(list(fields))
 
 
-def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
+def _rows(body: bytes, start: int, names: list[str], most: int) -> Iterator[Any]:
     """The rows one by one: their fields, or that they are misshapen."""
     stream = io.BytesIO(body)
     stream.seek(start)
-    rows: list[Any] = []
+    row = 0
     # What is no UTF-8 becomes lone surrogates, by which its row is refused and no other.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     lines = _Lines(text)
@@ -122,25 +119,26 @@ def _rows(body: bytes, start: int, names: list[str], most: int) -> list[Any]:
             cells = next(reader, None)
         except csv.Error as error:
             if str(error).startswith(_LONG_CELL):
-                cells = _shortened("".join(lines.record), len(rows), names)
+                cells = _shortened("".join(lines.record), row, names)
             # A quote that is closed on another line than it opens on may have taken rows between them.
             elif not str(error).startswith(_STRAY_QUOTE) or reader.line_num != line + 1:
-                raise MalformedBody(f"Not CSV: {error} in row {len(rows)} or after.") from error
+                raise MalformedBody(f"Not CSV: {error} in row {row} or after.") from error
             else:
                 # The reader is at the end of that line, so the rows after it are told apart.
-                rows.append(Misshapen("row-misquoted", "A quote within a quoted cell is doubled."))
+                yield Misshapen("row-misquoted", "A quote within a quoted cell is doubled.")
+                row += 1
                 continue
         if cells is None:
-            return rows
+            return
         if not cells:
             continue
-        if len(rows) == most:
+        if row == most:
             raise BodyTooLarge(f"More than {most} quotes in one batch.")
         if len(cells) != len(names):
-            detail = f"The row has {len(cells)} cells, the header {len(names)}."
-            rows.append(Misshapen("row-ragged", detail))
+            yield Misshapen("row-ragged", f"The row has {len(cells)} cells, the header {len(names)}.")
         else:
-            rows.append({name: cell or None for name, cell in zip(names, cells, strict=True) if name})
+            yield {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+        row += 1
 
 
 class _Lines:

@@ -5,7 +5,7 @@ was refused is listed beside them. Of the ways in, `from_rows` says what is wron
 know no faults: where anything is unusual they give None, and what they do take means the same to all three.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from typing import Any, Final, Self
@@ -164,10 +164,10 @@ class Batch:
         )
 
     @classmethod
-    def from_rows(cls, given: Sequence[Any], terms: Terms | None = None, *, pointer: str = "") -> Self:
+    def from_rows(cls, given: Iterable[Any], terms: Terms | None = None, *, pointer: str = "") -> Self:
         """Check rows (mappings with the fields of a quote) and gather them into columns.
 
-        `pointer` is the JSON pointer of the array that holds the rows.
+        `pointer` is the JSON pointer of the array that holds the rows. What makes rows as they are taken bounds them.
 
         Raises:
             InvalidQuotes: a row breaks a rule and `on_error` is `abort`.
@@ -175,15 +175,16 @@ class Batch:
             BodyTooLarge: too many rows.
         """
         terms = terms or Terms()
-        check_size(len(given), terms)
+        if isinstance(given, Sized):
+            check_size(len(given), terms)
         checks = Checks(terms, pointer)
-        return cls._checked(rows.Reader(given, checks).build(), len(given), checks)
+        found, received = rows.read(given, checks)
+        check_size(received, terms)
+        return cls._checked(found, received, checks)
 
     @classmethod
-    def of(
-        cls, given: Sequence[Any], terms: Terms, has_values: Callable[[int], bool], *, pointer: str = ""
-    ) -> Self | None:
-        """A batch of `Row`s; None if anything about them is unusual.
+    def of(cls, given: list[Any], terms: Terms, has_values: Callable[[int], bool], *, pointer: str = "") -> Self | None:
+        """A batch of `Row`s, of which many are taken out of their list; None if anything about them is unusual.
 
         `has_values` says whether so many values that are not null are all that was sent.
 
@@ -197,6 +198,7 @@ class Batch:
             except Unusual:
                 return None
         table = columns.of_lists(rows.by_field(given))
+        given.clear()  # half of what a body becomes
         if table is None or not has_values(sum(len(column) - column.null_count for column in table.columns)):
             return None
         return cls.from_table(table, terms, pointer=pointer)

@@ -3,7 +3,7 @@
 Invariant: what a column becomes here is never larger than the limit of a body, however small it came.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from app.quote.terms import Terms
 
 #: Digits of decimals by their bits. Arrow lets larger scales pass, and then writes no number that Python reads.
 _DIGITS: Final = {32: 9, 64: 18, 128: 38, 256: 76}
+#: Rows that become values of Python at a time.
+_AT_ONCE: Final = 4096
 
 
 def fields_of(names: Sequence[str]) -> dict[str, str]:
@@ -87,9 +89,15 @@ def decode(table: pa.Table, terms: Terms) -> Batch:
     batch = Batch.from_table(pa.table(columns), terms, given=fields)
     if batch is not None:
         return batch
-    values = [_values(column) for column in columns.values()]
-    names = list(fields.values())
-    return Batch.from_rows([dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)], terms)
+    return Batch.from_rows(_rows(pa.table(columns), list(fields.values())), terms)
+
+
+def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows one by one, under the names that the client gave."""
+    for start in range(0, len(table), _AT_ONCE):
+        values = [_values(column) for column in table.slice(start, _AT_ONCE).columns]
+        for row in zip(*values, strict=True):
+            yield dict(zip(names, row, strict=True))
 
 
 def validate(table: pa.Table, limit: int) -> None:

@@ -30,6 +30,7 @@ from app.db.engine import Database
 from app.db.migrate import head, migrate
 from app.db.replicas import database_of
 from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QuotesError
+from app.formats import memory
 from app.formats.apart import Apart
 from app.health import Health
 from app.logs import Logger
@@ -109,6 +110,7 @@ def app_from_environment() -> FastAPI:
     workers.end_with_parent()
     for name, nearest in misspelt().items() if workers.leads() else ():
         log.warning("unknown setting", variable=name, nearest=nearest)
+    memory.keep_little()
     app = create_app(settings)
     # What lives as long as the process is not looked at again, and a batch of thousands of rows is no reason to
     # look at all: 15 % less CPU a quote.
@@ -141,7 +143,7 @@ async def _wire(stack: AsyncExitStack, settings: Settings, spans: TracerProvider
     readers = stack.enter_context(ThreadPoolExecutor(_READERS, thread_name_prefix="reader"))
     # Left first, or the threads would wait for it.
     apart = stack.enter_context(Apart(settings.max_body_bytes, settings.max_batch_rows))
-    shares = Shares(settings, writer, _READERS, database.readable)
+    shares = Shares(settings, writer, readers=_READERS, reads=database.readable, rest=apart.rest)
     return Services(settings, repository, writer, health, monitor, readers, shares, apart)
 
 

@@ -122,7 +122,7 @@ def harmful() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def shared(harmful: None) -> Iterator[Apart]:
     """Readers that the tests share, of which each leaves others behind."""
-    with Apart(MEMORY // 2, 0) as readers:
+    with Apart(MEMORY, 0) as readers:
         yield readers
 
 
@@ -241,6 +241,25 @@ def test_a_reader_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         assert not lives(first)
 
 
+@pytest.mark.usefixtures("harmful")
+def test_readers_that_nobody_needs_end() -> None:
+    with Apart(MEMORY, 0) as readers:
+        first = pid_of(readers)
+        assert readers.rest()
+        assert pid_of(readers) == first  # it was needed since
+        assert readers.rest()
+        assert not readers.rest()
+        assert not lives(first)
+        assert pid_of(readers) != first
+
+
+def test_a_hundred_thousand_refusals_come_back_in_pieces(shared: Apart) -> None:
+    count = 2 * nursery._AT_ONCE + 1
+    batch = shared.decode("ndjson", b"x\n" * count, Terms(TERMS.limits, "skip"))
+    assert [r.index for r in batch.rejected] == list(range(count))
+    assert {(r.code, r.pointer) for r in batch.rejected[-1:]} == {("not-an-object", f"/{count - 1}")}
+
+
 def test_an_error_of_ours_is_no_500(shared: Apart) -> None:
     with capture_logs() as logged, pytest.raises(MalformedBody):
         shared.decode("fail", b"", TERMS)
@@ -256,18 +275,58 @@ def test_a_reader_that_was_killed_while_it_waited_is_not_missed(shared: Apart) -
     assert pid_of(shared) != first
 
 
+def test_a_reader_that_is_killed_before_it_has_the_body_is_replaced_once(
+    shared: Apart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart._Reader, "lives", lambda _: True)
+    for nursery_too in (False, True):
+        first = pid_of(shared)
+        assert shared._nursery is not None
+        for pid in (first, *([shared._nursery._process.pid] if nursery_too else [])):
+            os.kill(pid, signal.SIGKILL)
+        assert within(10, lambda first=first: not lives(first))  # type: ignore[misc]
+        with capture_logs() as logged:
+            assert pid_of(shared) != first
+        assert [entry["event"] for entry in logged] == ["a reader ended"]
+
+
+@pytest.mark.usefixtures("harmful")
+def test_readers_that_are_killed_again_and_again_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    give = apart._Reader.give
+
+    def given(reader: apart._Reader, task: nursery.Task, seconds: float) -> None:
+        os.kill(reader.pid, signal.SIGKILL)
+        assert within(10, lambda: not lives(reader.pid))
+        give(reader, task, seconds)
+
+    with Apart(MEMORY, 0) as readers:
+        monkeypatch.setattr(apart._Reader, "give", given)
+        with capture_logs() as logged, pytest.raises(ReaderUnavailable) as caught:
+            readers.decode("name", b"", TERMS)
+        monkeypatch.undo()
+        assert caught.value.retry_after
+        assert [(entry["event"], "exc_info" in entry) for entry in logged] == [("a reader ended", False)] * 2
+        assert pid_of(readers)
+
+
+def test_what_a_reader_has_the_service_holds_no_longer(shared: Apart) -> None:
+    body = bytearray(in_arrow(good(3)))
+    assert shared.decode("arrow", body, TERMS).received == 3
+    assert not body
+
+
 @pytest.mark.parametrize("whom", ["reader", "nursery"])
 def test_a_reader_that_is_killed_at_work_is_not_its_bodys_fault(
     shared: Apart, monkeypatch: pytest.MonkeyPatch, whom: str
 ) -> None:
     first = pid_of(shared)
-    asked, ask = threading.Event(), apart._Reader.ask
+    asked, answer = threading.Event(), apart._Reader.answer
 
-    def told(reader: apart._Reader, task: nursery.Task, within: float) -> nursery.Answer:
+    def told(reader: apart._Reader) -> nursery.Answer:
         asked.set()  # before that another one would be taken in the place of one that is dead
-        return ask(reader, task, within)
+        return answer(reader)
 
-    monkeypatch.setattr(apart._Reader, "ask", told)
+    monkeypatch.setattr(apart._Reader, "answer", told)
     assert shared._nursery is not None
     keeper = shared._nursery._process.pid
     with ThreadPoolExecutor(1) as thread:

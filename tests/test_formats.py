@@ -720,7 +720,10 @@ def inflated(name: str, chunks: list[bytes], limit: int = 2**24, most: int = 2**
         done = found.feed(chunk, most=most)
         while not done:
             done = found.feed(most=most, parts=True)
-    return found.finish()
+    found.finish()
+    pieces: list[bytes] = []
+    found.take(pieces.append)
+    return b"".join(pieces)
 
 
 @encodings

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -27,9 +28,9 @@ else:
 SETTINGS = Settings(_env_file=None)
 
 
-def make(**values: Any) -> Shares:
+def make(*, rest: Callable[[], bool] = lambda: False, **values: Any) -> Shares:
     settings = Settings(_env_file=None, **values)
-    return Shares(settings, Writer(Gate(), settings), 1, 3)
+    return Shares(settings, Writer(Gate(), settings), readers=1, reads=3, rest=rest)
 
 
 @pytest.mark.parametrize(
@@ -297,16 +298,38 @@ async def test_another_cancellation_is_nobodys_verdict() -> None:
     assert (held.arriving, held.uploads.used) == (set(), 0)
 
 
+async def test_memory_is_given_back_some_time_after_a_large_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "_SETTLED", 0.01)
+    told, answers = asyncio.Event(), iter([True, False])
+    asked = []
+
+    def rest() -> bool:
+        asked.append(answer := next(answers))
+        if not answer:
+            loop.call_soon_threadsafe(told.set)
+        return answer
+
+    loop = asyncio.get_running_loop()
+    held = make(rest=rest)
+    with held.claim(("a", 1)) as one:
+        one.grow(shares._LARGE)
+    assert held._resting is None
+    with held.claim(("a", 1)) as one:
+        one.grow(shares._LARGE + 1)
+    await told.wait()
+    assert asked == [True, False]
+
+
 async def test_a_claim_takes_room_as_the_body_and_then_as_the_batch() -> None:
     held = make(writer_queue_bytes=100_000, writer_queue_rows=100)
     with held.claim(("a", 1)) as one, held.claim(("b", 1)) as other:
-        one.grow(30_000)
+        one.grow(15_000)
         with held.claim(("a", 2)) as two:
-            two.grow(20_000)
+            two.grow(10_000)
             with pytest.raises(Overloaded) as caught:
-                two.grow(20_000)
+                two.grow(10_000)
         assert "This client has too many bytes" in caught.value.detail
-        other.grow(20_000)
+        other.grow(10_000)
         one.become(60, 1000)
         with held.claim(("a", 2)) as two, pytest.raises(Overloaded):
             two.become(90, 1000)

@@ -12,10 +12,10 @@ import hmac
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Annotated, Any, Final, ParamSpec, TypeVar
+from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
@@ -45,12 +45,12 @@ from app.repository.ranges import Page, Position
 from app.settings import Settings
 from app.writer import Writer
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
 _SIGNATURE_BYTES: Final = 12
 #: What becomes more than this is decompressed in a thread: gzip takes about a millisecond for it.
 _INLINE_BYTES: Final = 64 * 1024
+#: What becomes more than this is kept in one piece that grows, and of such ones a client has one read at a time: its
+#: reader may take all the memory that a reader gets.
+_LARGE_BYTES: Final = 2 * 1024 * 1024
 #: Bytes that are made of a body in one go there, before room is taken for more.
 _STEP_BYTES: Final = 4 * 1024 * 1024
 
@@ -74,16 +74,22 @@ class Services:
         scope = request.scope
         return self.shares.reading(scope.get("client"), scope["state"].get("peer", ""))
 
-    async def read(self, claim: Claim, decode: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
-        """What a function makes of a body that is too large to be read on the event loop; clients take turns."""
-        loop = asyncio.get_running_loop()
-        async with self.shares.readers.turn(claim.who):
-            return await loop.run_in_executor(self.readers, partial(decode, *arguments, **options))
-
-    async def decode(self, claim: Claim, codec: Format, body: bytes, terms: Terms) -> Batch:
+    async def decode(self, claim: Claim, codec: Format, body: bytes | bytearray, terms: Terms) -> Batch:
         """The batch of a body, which a process apart reads where that may take long, or where it is binary."""
-        batch = codec.at_once(body, terms)
-        return await self.read(claim, self.apart.decode, codec.name, body, terms) if batch is None else batch
+        tried = False
+        if isinstance(body, bytes):
+            batch, tried = codec.at_once(body, terms), codec.tries(body)
+            if batch is not None:
+                return batch
+        alone = self.shares.large.turn(claim.who) if codec.quick is None or len(body) > _LARGE_BYTES else nullcontext()
+        async with alone, self.shares.readers.turn(claim.who):
+            read = partial(self.apart.decode, codec.name, body, terms, tried=tried)
+            return await asyncio.get_running_loop().run_in_executor(self.readers, read)
+
+    async def hash(self, claim: Claim, hashed: Callable[[], bytes]) -> bytes:
+        """What a function makes of a body that is too large to be hashed on the event loop; clients take turns."""
+        async with self.shares.readers.turn(claim.who):
+            return await asyncio.get_running_loop().run_in_executor(self.readers, hashed)
 
 
 async def _services(request: Request) -> Services:  # not `def`, which would take a turn in the thread pool
@@ -111,8 +117,8 @@ def require_admin(request: Request, settings: Settings) -> None:
 # --- body ---
 
 
-async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes:
-    """The whole body, decompressed; room is claimed for it as it arrives.
+async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes | bytearray:
+    """The whole body, decompressed; room is claimed for it as it arrives. What is large is a bytearray.
 
     Raises:
         Overloaded: there is no more room.
@@ -128,7 +134,7 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:19]) > limit:
         raise BodyTooLarge.beyond(limit)
-    chunks: list[bytes] = []
+    body = _Body()
     more = True
     windowed = False
     claim.expect()
@@ -144,31 +150,57 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
                 raise BodyTooLarge.beyond(limit)
             if inflater is None:
                 claim.grow(len(chunk))
-                chunks.append(chunk)
+                body.add(chunk)
             elif chunk:
                 if more and not windowed:
                     claim.grow(inflater.window)
                     windowed = True
-                await _inflate(inflater, chunk, claim)
+                await _inflate(inflater, chunk, claim, body)
     except asyncio.CancelledError:
         claim.explain()
         raise
     finally:
         claim.arrived()
-    return b"".join(chunks) if inflater is None else inflater.finish()
+    if inflater is not None:
+        inflater.finish()
+    return body.whole()
 
 
-async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim) -> None:
+class _Body:
+    """What there is of a body. A large one is moved as it grows, by the kernel, and never there twice."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._large: bytearray | None = None
+
+    def add(self, chunk: bytes) -> None:
+        self._size += len(chunk)
+        if self._large is None and self._size > _LARGE_BYTES:
+            self._large = bytearray().join(self._chunks)
+            self._chunks.clear()
+        if self._large is None:
+            self._chunks.append(chunk)
+        else:
+            self._large += chunk
+
+    def whole(self) -> bytes | bytearray:
+        return b"".join(self._chunks) if self._large is None else self._large
+
+
+async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim, body: _Body) -> None:
     """Decompress a part of a body, and claim room for what it becomes."""
     before = inflater.size
     done = inflater.feed(chunk, most=_INLINE_BYTES)
     claim.grow(inflater.size - before)
+    inflater.take(body.add)
     if not done:
         claim.busy = True
         while not done:
             before = inflater.size
             done = await asyncio.to_thread(inflater.feed, most=_STEP_BYTES, parts=True)
             claim.grow(inflater.size - before)
+            inflater.take(body.add)
         claim.worked()
 
 

@@ -60,7 +60,7 @@ def idempotency_key(request: Request) -> str | None:
     )
 
 
-def fingerprint(request: Request, query: BaseModel, body: bytes) -> bytes:
+def fingerprint(request: Request, query: BaseModel, body: bytes | bytearray) -> bytes:
     """A hash over all that decides what becomes of a request: parameters that are not defaults, encoding, body."""
     digest = hashlib.sha256()
     headers = (request.headers.get(name, "") for name in ("content-type", "content-encoding"))

@@ -6,7 +6,7 @@ FastAPI's own route takes 100 us of 190 for a single quote; it is there for Open
 """
 
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl
 
@@ -216,11 +216,8 @@ async def _ingest(request: Request, query: IngestQuery, wired: Services) -> Rece
         key = None
         if name is not None and not query.dry_run:
             large = len(body) > codec.inline_bytes
-            digest = (
-                await wired.read(claim, fingerprint, request, query, body)
-                if large
-                else fingerprint(request, query, body)
-            )
+            hashed = partial(fingerprint, request, query, body)
+            digest = await wired.hash(claim, hashed) if large else hashed()
             key = IdempotencyKey(name, digest)
         terms = Terms(
             wired.quotes.limits(), query.on_error, query.on_conflict, query.precision, query.ties,

@@ -32,6 +32,9 @@ _CONNECTING: Final = 0.25
 CONNECTIONS: Final = 4096
 #: Characters of an address; what a proxy says may be longer.
 _LONGEST: Final = 64
+#: Bytes of a body after which it is worth giving back memory, and seconds from then to that: it takes 10 ms.
+_LARGE: Final = 2**18
+_SETTLED: Final = 3.0
 #: Seconds between two looks at the bodies that are arriving.
 _EVERY: Final = 0.25
 
@@ -249,13 +252,17 @@ connections: Final = Pool(CONNECTIONS)
 class Shares:
     """The pools of a service, and the bodies that are arriving."""
 
-    def __init__(self, settings: Settings, writer: Writer, readers: int, reads: int) -> None:
+    def __init__(
+        self, settings: Settings, writer: Writer, *, readers: int, reads: int, rest: Callable[[], bool]
+    ) -> None:
         self.writer = writer
-        # Half of the bytes: a body becomes several times as much while it is read.
-        self.bytes = Pool(settings.writer_queue_bytes)
+        # A principal alone gets a quarter of the bytes: while one of its bodies is read that becomes twice as much.
+        self.bytes = Pool(settings.writer_queue_bytes // 2)
         self.rows = Pool(settings.writer_queue_rows, parts=3)
         self.uploads = Pool(UPLOADS, parts=3)
         self.readers = Turns(readers)
+        #: Of bodies that become large a principal has one read at a time.
+        self.large = Turns(UPLOADS, each=1)
         self.reads = Turns(reads, settings.effective_client_reads)
         # A statement that takes all of its time does not make the next one fail.
         self._patience = (settings.pool_timeout + settings.statement_timeout).total_seconds()
@@ -263,6 +270,8 @@ class Shares:
         self._idle = settings.body_timeout.total_seconds()
         self._rate = settings.body_rate
         self._sweep: asyncio.TimerHandle | None = None
+        self._rest = rest
+        self._resting: asyncio.TimerHandle | asyncio.Future[bool] | None = None
 
     def claim(self, client: tuple[str, int] | None) -> "Claim":
         """What one request of this client takes; a context manager, which gives back what is left at its end."""
@@ -290,6 +299,20 @@ class Shares:
     def _taking(self, peer: str) -> None:
         if unsent.used and not unsent.leaves(peer, half=True):
             raise Overloaded("This client should take the answers that it has asked for before it asks for more.")
+
+    def settle(self) -> None:
+        """Give back memory soon, and again until there is none to give; something large has been let go."""
+        if self._resting is None:
+            self._resting = asyncio.get_running_loop().call_later(_SETTLED, self._give_back)
+
+    def _give_back(self) -> None:
+        self._resting = asyncio.get_running_loop().run_in_executor(None, self._rest)
+        self._resting.add_done_callback(self._given_back)
+
+    def _given_back(self, done: asyncio.Future[bool]) -> None:
+        self._resting = None
+        if not done.cancelled() and done.result():
+            self.settle()
 
     def watch(self) -> None:
         """Look at the bodies that are arriving, for as long as there are any."""
@@ -319,7 +342,20 @@ class Shares:
 class Claim:
     """What one request has taken: the bytes of its body, then the rows and bytes of its batch."""
 
-    __slots__ = ("_body", "_nbytes", "_rows", "_shares", "_task", "_verdict", "began", "busy", "last", "size", "who")
+    __slots__ = (
+        "_body",
+        "_nbytes",
+        "_rows",
+        "_shares",
+        "_task",
+        "_verdict",
+        "began",
+        "busy",
+        "large",
+        "last",
+        "size",
+        "who",
+    )
 
     def __init__(self, shares: Shares, who: str) -> None:
         self._shares = shares
@@ -333,6 +369,8 @@ class Claim:
         self.began = self.last = 0.0
         #: Bytes that have arrived.
         self.size = 0
+        #: Whether the body became so large that its memory is given back when it is gone.
+        self.large = False
         #: Whether the service is at work on the body, so that nobody waits for the client.
         self.busy = False
 
@@ -397,6 +435,7 @@ class Claim:
         shares = self._shares
         shares.writer.take(nbytes, alone=self._body)
         self._body += nbytes
+        self.large = self.large or self._body > _LARGE
         if not shares.bytes.take(self.who, nbytes, self._body - nbytes):
             shares.bytes.count(self.who, nbytes)  # given back at the end
             raise shares.overloaded("bytes")
@@ -429,3 +468,5 @@ class Claim:
             shares.writer.give_back(self._body)
         shares.bytes.count(self.who, -self._body - self._nbytes)
         shares.rows.count(self.who, -self._rows)
+        if self.large:
+            shares.settle()

@@ -29,8 +29,9 @@ import pyarrow as pa
 import structlog
 
 from app import errors, metrics
-from app.errors import BodyTooLarge, MalformedBody, QuotesError, ReaderUnavailable, Rejection, ServiceStopping
+from app.errors import BodyTooLarge, InvalidQuotes, MalformedBody, QuotesError, ReaderUnavailable, ServiceStopping
 from app.formats import nursery
+from app.formats.memory import give_back
 from app.formats.nursery import NUMBER, Answer, Task
 from app.quote.batch import Batch
 from app.quote.rules import Checks
@@ -46,10 +47,10 @@ _SECONDS: Final = 2.0
 _SHARE: Final = 1 / 3
 #: Seconds that a reader may take at least, and the nursery to start, for which it imports for 0.5 s, and to answer.
 _PATIENCE: Final = 30.0
-#: Bytes of memory for each byte, and for each row, that a body may have. What has to be looked at closely takes 3.4 kB
-#: a row besides the body itself, all else a third of that.
-_BYTES_PER_BYTE: Final = 2
-_BYTES_PER_ROW: Final = 4096
+#: Bytes of memory for each byte, and for each row, that a body may have: its own, and what a hundred thousand rows of
+#: JSON take until they are columns, 85 MB.
+_BYTES_PER_BYTE: Final = 1
+_BYTES_PER_ROW: Final = 900
 _PROGRAM: Final = "from app.formats.nursery import main; main()"
 #: What the nursery sees of the environment. Arrow's own allocator takes a gigabyte of addresses at once, which would
 #: count; that of the system gives each large piece back at once, and to get it again costs 5 % of the time to read a
@@ -71,7 +72,7 @@ class _Unpickler(pickle.Unpickler):
     _TAKEN: Final = {
         (kind.__module__, kind.__qualname__): kind
         for kind in (
-            Answer, Batch, Checks, Decimal, Limits, Rejection, Terms, datetime, timedelta, timezone,
+            Answer, Batch, Checks, Decimal, Limits, Terms, datetime, timedelta, timezone,
             nursery.column, nursery.record_batch,
         )
     }  # fmt: skip
@@ -80,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
         """What an answer may name."""
         if module == errors.__name__:
             kind = getattr(errors, name, None)
-            if isinstance(kind, type) and issubclass(kind, (QuotesError, Rejection)):
+            if isinstance(kind, type) and issubclass(kind, QuotesError):
                 return kind
         if (module, name) not in self._TAKEN:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an answer")
@@ -105,19 +106,34 @@ class _Reader:
         self.pid = pid
         self.nursery = nursery_
         self.cpu_seconds = 0.0
+        #: Whether nobody has asked it for anything since the last `Apart.rest`.
+        self.rested = False
+        #: Whether it has the body that it was asked about.
+        self.taken = False
         self._connection = connection
         self._stream = connection.makefile("rb")
 
-    def ask(self, task: Task, within: float) -> Answer:
-        """What became of a body.
+    def give(self, task: Task, within: float) -> None:
+        """Give it a body; it has all of it when this returns, and for what it does then it has so many seconds.
 
         Raises:
-            TimeoutError: it has not answered within so many seconds.
+            TimeoutError: it has not taken it in that time.
+            EOFError, OSError: it has ended.
+        """
+        self.taken = self.rested = False
+        self._connection.settimeout(within)
+        nursery.send(self._connection, task)
+        nursery.exactly(self._stream, len(nursery.TAKEN))
+        self.taken = True
+
+    def answer(self) -> Answer:
+        """What became of the body.
+
+        Raises:
+            TimeoutError: it has not answered in time.
             EOFError, OSError: it has ended.
             Exception: it has answered with something else.
         """
-        self._connection.settimeout(within)
-        nursery.send(self._connection, task)
         answer = nursery.receive(self._stream, _load, _take)
         if not isinstance(answer, Answer):
             raise pickle.UnpicklingError("this is no answer")
@@ -217,8 +233,11 @@ class Apart:
             while True:
                 self._end(self._idle.pop())
 
-    def decode(self, name: str, body: bytes, terms: Terms) -> Batch:
+    def decode(self, name: str, body: bytes | bytearray, terms: Terms, *, tried: bool = False) -> Batch:
         """The batch of a body in the format of that name. Blocks; may be called from several threads.
+
+        A bytearray is empty as soon as a reader has what was in it, so that nothing is held twice for long. `tried`
+        says that `Format.quick` was.
 
         Raises:
             QuotesError: as the format's own decoder.
@@ -228,19 +247,32 @@ class Apart:
             ServiceStopping: the service stops.
         """
         seconds = max(_SECONDS, _SECONDS_PER_ROW * terms.limits.max_rows)
-        reader = self._reader()
-        try:
-            within = max(seconds / _SHARE, _PATIENCE)
-            answer = reader.ask(Task(name, pickle.PickleBuffer(body), terms, seconds), within)
-        except Exception as error:
-            raise self._refusal(reader, name, seconds, error) from error
+        within = max(seconds / _SHARE, _PATIENCE)
+        again = True
+        while True:
+            reader = self._reader()
+            try:
+                reader.give(Task(name, pickle.PickleBuffer(body), terms, seconds, tried), within)
+                if isinstance(body, bytearray):
+                    body.clear()
+                answer = reader.answer()
+                break
+            except Exception as error:
+                refusal = self._refusal(reader, name, seconds, error)
+                # It ended before it had the body: as one that was killed while it waited for one.
+                killed = isinstance(refusal, ReaderUnavailable) and not isinstance(error, TimeoutError)
+                if reader.taken or not (killed and again):
+                    raise refusal from error
+                again = False
         metrics.READER_CPU.inc(max(answer.cpu_seconds - reader.cpu_seconds, 0))
         reader.cpu_seconds = answer.cpu_seconds
         if answer.grown or self._closed:
             self._end(reader)
         else:
             self._idle.append(reader)
+        rejections = nursery.rejections_of(answer.rejections)
         if answer.batch is not None:
+            answer.batch.rejected = rejections
             return answer.batch
         if answer.refusal is None:
             log.error("a body could not be read", format=name, trace=answer.fault)
@@ -248,7 +280,27 @@ class Apart:
         kind, arguments, content = answer.refusal
         refusal = kind.__new__(kind, *arguments)
         vars(refusal).update(content)
+        if isinstance(refusal, InvalidQuotes):
+            refusal.rejections = rejections
         raise refusal
+
+    def rest(self) -> bool:
+        """Give back memory that is free, and end the readers that nobody has needed since the last time.
+
+        Whether there are others, for which it is worth while to ask again in a few seconds. Blocks for milliseconds.
+        """
+        kept = []
+        with suppress(IndexError):
+            while True:
+                reader = self._idle.pop()
+                if reader.rested or self._closed:
+                    self._end(reader)
+                else:
+                    reader.rested = True
+                    kept.append(reader)
+        self._idle += kept
+        give_back()
+        return bool(kept)
 
     def _reader(self) -> _Reader:
         with suppress(IndexError):
@@ -269,7 +321,7 @@ class Apart:
                 return self._counted(self._nursery.fork())
             except (EOFError, OSError) as error:
                 self._drop_nursery()
-                log.exception("no reader can be started")
+                log.error("no reader can be started", error=repr(error))  # noqa: TRY400  one line, however often it is
                 raise ReaderUnavailable("No process could be started to read this body; try again later.") from error
 
     def _counted(self, reader: _Reader) -> _Reader:

@@ -114,15 +114,20 @@ class Inflater:
         if found:
             self._found.append(found)
 
-    def finish(self) -> bytes:
-        """The whole body.
+    def take(self, add: Callable[[bytes], None]) -> None:
+        """Hand over what has come out since the last time."""
+        for found in self._found:
+            add(found)
+        self._found.clear()
+
+    def finish(self) -> None:
+        """See that the body is whole.
 
         Raises:
             MalformedBody: its end is missing.
         """
         if not self._part.eof:
             raise MalformedBody("The compressed body breaks off.")
-        return b"".join(self._found)
 
 
 def inflater(content_encoding: str | None, limit: int) -> Inflater | None:

@@ -1,18 +1,46 @@
-"""Bounds on the memory of this process, where it is one that reads bodies for another.
+"""What a process keeps of memory that it needs no more, and bounds on one that reads bodies for another.
 
 Invariant: while foreign code makes something of a body, it gets little more than the body may become.
 """
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import pyarrow as pa
 
 from app.errors import BodyTooLarge
 
+#: As malloc.h numbers them.
+_MMAP_THRESHOLD: Final = -3
+_TRIM_THRESHOLD: Final = -1
 #: What is being built is moved as it grows.
 _TIMES: Final = 2
+
+
+def keep_little() -> None:
+    """Let large pieces of memory go back to the system as soon as they are free.
+
+    Left to itself glibc keeps pieces of up to 32 MB once it has seen some of that size, in a heap for each thread that
+    a small piece at its end keeps from shrinking. Other libraries of C have no such settings, and need none.
+    """
+    if (tune := _libc("mallopt")) is not None:
+        for setting, value in ((_MMAP_THRESHOLD, 2**20), (_TRIM_THRESHOLD, 4 * 2**20)):
+            tune(setting, value)
+
+
+def give_back() -> None:
+    """Give back what is free in small pieces; takes some milliseconds, without the interpreter's lock."""
+    pa.default_memory_pool().release_unused()
+    if (trim := _libc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def confine(nbytes: int) -> None:

@@ -23,6 +23,7 @@ from contextlib import suppress
 from io import BufferedReader, BytesIO
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import pyarrow as pa
 
 from app.errors import BodyTooLarge, QuotesError, Rejection
@@ -39,23 +40,33 @@ NUMBER: Final = struct.Struct("<q")
 _GROWN: Final = 64 * 2**20
 
 
+#: A reader says so when it has the whole body: before that, its end has nothing to do with the body.
+TAKEN: Final = b"\1"
+#: Rejections in one piece of an answer. To make objects of one keeps all threads of the service waiting for 0.3 ms.
+_AT_ONCE: Final = 1000
+_Pieces = list[bytes]
+
+
 class Task(NamedTuple):
-    """A body to be read, and the seconds of the processor that it may take."""
+    """A body to be read, and the seconds of the processor that it may take; whether `Format.quick` was tried."""
 
     format: str
     body: pickle.PickleBuffer | bytes
     terms: Terms
     seconds: float
+    tried: bool = False
 
 
 class Answer(NamedTuple):
     """What became of a body: a batch, or the class and the content of what refuses it, or the trace of our own fault.
 
-    `cpu_seconds` is what the reader has taken since it began, and `grown` asks for another one next time.
+    `rejections` are those of the batch or the refusal in pieces, as there may be as many as rows. `cpu_seconds` is what
+    the reader has taken since it began, and `grown` asks for another one next time.
     """
 
     batch: Batch | None
     refusal: tuple[type[QuotesError], tuple[Any, ...], dict[str, Any]] | None
+    rejections: _Pieces
     fault: str
     cpu_seconds: float
     grown: bool
@@ -73,15 +84,10 @@ def _of_column(array: pa.Array) -> tuple[Any, ...]:
     return column, (pa.record_batch([array], names=[""]),)
 
 
-def _of_rejection(rejection: Rejection) -> tuple[Any, ...]:
-    return Rejection, (rejection.index, rejection.pointer, rejection.code, rejection.detail)
-
-
 #: How some classes are written; those of data in a third of the time of their own way.
 _WRITTEN: Final[dict[type, Callable[[Any], tuple[Any, ...]]]] = {
     pa.RecordBatch: _of_record_batch,
     pa.Int32Array: _of_column,
-    Rejection: _of_rejection,
 }
 
 
@@ -93,6 +99,24 @@ def record_batch(schema: bytes, content: pa.Buffer) -> pa.RecordBatch:
 def column(batch: pa.RecordBatch) -> pa.Array:
     """The only column."""
     return batch.column(0)
+
+
+def pieces_of(rejections: Sequence[Rejection]) -> _Pieces:
+    """Rejections as they are sent."""
+    return [
+        msgspec.msgpack.encode(rejections[start : start + _AT_ONCE]) for start in range(0, len(rejections), _AT_ONCE)
+    ]
+
+
+def rejections_of(pieces: _Pieces) -> list[Rejection]:
+    """Rejections that were sent."""
+    found: list[Rejection] = []
+    for piece in pieces:
+        found += _REJECTIONS.decode(piece)
+    return found
+
+
+_REJECTIONS: Final = msgspec.msgpack.Decoder(list[Rejection])
 
 
 def send(connection: socket.socket, value: Any) -> None:
@@ -149,6 +173,7 @@ def serve(connection: socket.socket, memory: int) -> None:
     with connection, connection.makefile("rb") as stream, suppress(EOFError, OSError):
         while True:
             task = receive(stream, _load, exactly)
+            connection.sendall(TAKEN)
             signal.setitimer(signal.ITIMER_PROF, task.seconds)  # the kernel ends the process then
             try:
                 answer = _read(task)
@@ -158,7 +183,7 @@ def serve(connection: socket.socket, memory: int) -> None:
                 large = BodyTooLarge(
                     f"To read this body takes more than {memory >> 20} MiB of memory; send smaller batches."
                 )
-                send(connection, Answer(None, _content(large), "", time.thread_time(), grown=True))
+                send(connection, Answer(None, _content(large), [], "", time.thread_time(), grown=True))
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
@@ -168,19 +193,22 @@ def _load(content: bytes, buffers: Sequence[Any]) -> Any:
 
 def _read(task: Task) -> Answer:
     batch, refusal, fault = None, None, ""
+    rejections: list[Rejection] = []
     try:
-        batch = FORMATS[task.format].decode(bytes(task.body), task.terms)
+        batch = FORMATS[task.format].decode(bytes(task.body), task.terms, tried=task.tried)
+        rejections, batch.rejected = batch.rejected, []
     except QuotesError as error:
         refusal = _content(error)
+        rejections = refusal[2].pop("rejections", [])
     except MemoryError:
         raise
     except Exception:
         fault = traceback.format_exc()
-    return Answer(batch, refusal, fault, time.thread_time(), grown=False)
+    return Answer(batch, refusal, pieces_of(rejections), fault, time.thread_time(), grown=False)
 
 
 def _content(error: QuotesError) -> tuple[type[QuotesError], tuple[Any, ...], dict[str, Any]]:
-    return type(error), error.args, vars(error)
+    return type(error), error.args, dict(vars(error))
 
 
 def _most_memory() -> int:

@@ -320,11 +320,15 @@ class Checks:
         self.given: dict[int, dict[str, str]] = {}
         self._columns = columns or {}
         self._faults: dict[int, Rejection] = {}
+        self._refused: list[int] = []
         self._counted: dict[str, list[pa.Array]] = {}
 
     def rejections(self) -> list[Rejection]:
-        """The refused rows in their order."""
-        return [self._faults[i] for i in sorted(self._faults)]
+        """The refused rows in their order; from now on only their positions are known here."""
+        found = [self._faults[i] for i in sorted(self._faults)]
+        self._refused = list(self._faults)
+        self._faults.clear()
+        return found
 
     def refuse(self, index: int, name: str, rule: Rule) -> None:
         """Note what is wrong with a row, unless something was before."""
@@ -338,9 +342,9 @@ class Checks:
             self._counted.setdefault(what, []).append(rows.cast(pa.int32()))
 
     def count(self, what: str, without: Iterable[int] = ()) -> int:
-        """How often that was noted of rows that are not refused, here or `without` by whoever asks."""
+        """How often that was noted of rows that are not refused, by what `rejections` has told or `without`."""
         noted = self._counted.get(what, [])
-        refused = [*self._faults, *without]
+        refused = [*self._refused, *without]
         if refused:
             faulty = pa.array(refused, pa.int32())
             noted = [rows.filter(pc.invert(pc.is_in(rows, value_set=faulty))) for rows in noted]

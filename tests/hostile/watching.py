@@ -62,7 +62,10 @@ class Sample:
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process and all below it, without what programs share and without PostgreSQL's buffers."""
+    """Bytes of a process and all below it, without files and without PostgreSQL's buffers.
+
+    What processes have had in common since a fork counts once, as a machine has it once.
+    """
     below: dict[int, list[int]] = defaultdict(list)
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -73,8 +76,8 @@ def memory(pid: int) -> int:
         process = waiting.pop()
         waiting += below[process]
         with suppress(OSError):
-            text = Path(f"/proc/{process}/status").read_text()
-            total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon:"))
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+            total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:"))
     return total * 1024
 
 

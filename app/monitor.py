@@ -94,7 +94,7 @@ class Monitor:
         self._capacity = settings.storage_capacity
         self._volume = embedded.volume(settings)
         self._shown: set[tuple[Gauge, tuple[str, ...]]] = set()
-        self._lock = asyncio.Lock()
+        self._looking: asyncio.Task[Storage] | None = None
         self._last: tuple[float, Storage] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -106,9 +106,10 @@ class Monitor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._looking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def storage(self) -> Storage:
         """A look that is at most ten seconds old.
@@ -117,13 +118,25 @@ class Monitor:
             DatabaseUnavailable: the database cannot be reached, or a chunk is locked.
             QueryTimeout: the look took too long.
         """
-        async with self._lock:
-            now = time.monotonic()
-            if self._last is None or now - self._last[0] > FRESH.total_seconds():
-                storage = await self._repository.look()
-                self._show(storage)
-                self._last = (now, storage)
+        if self._last is not None and time.monotonic() - self._last[0] <= FRESH.total_seconds():
             return self._last[1]
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(self._looked)
+        # Whoever comes while one looks waits for that: a second look at what stands still would take as long again.
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> Storage:
+        now = time.monotonic()
+        storage = await self._repository.look()
+        self._show(storage)
+        self._last = (now, storage)
+        return storage
+
+    def _looked(self, looking: "asyncio.Task[Storage]") -> None:
+        self._looking = None
+        if not looking.cancelled():
+            looking.exception()  # whoever asked may have gone
 
     def _show(self, storage: Storage) -> None:
         values = {(probe.gauge, labels): value for probe in PROBES for labels, value in probe.values(storage)}

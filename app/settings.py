@@ -116,6 +116,8 @@ def url_fault(url: str) -> str | None:
         return "must have a number for `port`"
     if query.get("sslmode", "prefer") not in _SSL_MODES:
         return f"must have one of these for `sslmode`: {', '.join(_SSL_MODES)}"
+    if query.get("target_session_attrs", "any") not in _SESSIONS:
+        return f"must have one of these for `target_session_attrs`: {', '.join(_SESSIONS)}"
     return None
 
 
@@ -125,6 +127,7 @@ _PORT: Final = re.compile("[0-9]{0,5}")
 #: A name or an address, or a directory of sockets in percent-encoding.
 _HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.%-]+)(?::([0-9]{1,5}))?")
 _LAST_PORT: Final = 65_535
+_SESSIONS: Final = ("any", "primary", "standby", "read-write", "read-only", "prefer-standby")
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SPAN: Final[TypeAdapter[timedelta | None]] = TypeAdapter(Annotated[timedelta | None, BeforeValidator(_retention)])
 Duration = Annotated[timedelta, BeforeValidator(_duration), Field(gt=timedelta(0))]

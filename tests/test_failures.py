@@ -110,7 +110,6 @@ def test_a_url_of_any_lawful_form_is_taken(url: str) -> None:
         ("?sslmode=verify-full&sslrootcert=/nowhere/ca.pem", "certificates"),
         ("?nonsense=hunter", "parameter"),
         ("?work_mem=hunter", "parameter"),
-        ("?target_session_attrs=hunter", "percent-encoded"),
         ("nowhere", "no database"),
     ],
 )

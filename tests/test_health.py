@@ -323,6 +323,11 @@ async def test_what_is_missing_of_the_schema_is_named(lane: Lane, empty_url: str
     renamed = await seen_by(empty_url, lane)
     assert (renamed.status, renamed.checks[2].status) == ("unhealthy", "unhealthy")
     assert 'column "source"' in renamed.checks[2].detail
+    await run(empty_url, "ALTER TABLE quotes.latest RENAME COLUMN origin TO source")
+    await run(empty_url, "ALTER TABLE quotes.settings RENAME COLUMN chunk_interval TO chunks")
+    renamed = await seen_by(empty_url, lane)
+    assert (renamed.status, renamed.checks[2].status) == ("unhealthy", "unhealthy")
+    assert "chunk_interval" in renamed.checks[2].detail
     for name in ("quotes.daily_summary", "quotes.receipts", "quotes.backups", "quotes.latest", "quotes.settings"):
         await run(empty_url, f"DROP {'VIEW' if 'summary' in name else 'TABLE'} {name}")
         gone = await seen_by(empty_url, lane)

@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
@@ -23,23 +23,37 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from app.clock import Interval, nanoseconds
+from app.db import migrate
 from app.db.engine import Database
-from app.errors import BodyTooLarge, InvalidQuotes, InvalidRequest, QuotesLocked
+from app.errors import (
+    BodyTooLarge,
+    DatabaseMisconfigured,
+    InvalidQuotes,
+    InvalidRequest,
+    QueryTimeout,
+    QuotesLocked,
+    SchemaMismatch,
+)
+from app.monitor import Monitor
 from app.quote.batch import Batch
 from app.quote.terms import OnConflict, Receipt, Terms
 from app.repository.bars import BarSpec
 from app.repository.ingest import Write
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
+from app.repository.storage import Storage, StorageRepository
+from app.settings import Settings
 from tests.conftest import Lane
 
 ROOT = Path(__file__).parents[1]
 T0 = datetime(2026, 11, 16, 14, 30, tzinfo=UTC)
 T1 = T0 + timedelta(hours=1)
 N0, N1 = nanoseconds(T0), nanoseconds(T1)
+ROW = {"symbol": "NONE", "timestamp": T0, "price": 1}
+SETTINGS = Settings(_env_file=None)
 DAY = date(2026, 11, 16)
 INJECTED = "asc LIMIT 0) row UNION ALL SELECT current_user, now(), 0, 1, 1, 1, 1, 1, 1, 'x' --"
 #: Nothing that a parameter takes, whichever it is.
@@ -60,6 +74,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "get_intraday_quotes limit": ("limit", lambda q, x: q.get_intraday_quotes("A", DAY, limit=x)),
     "count_quotes symbols": ("symbols", lambda q, x: q.count_quotes(x)),
     "count_quotes start": ("start", lambda q, x: q.count_quotes("A", x)),
+    "count_quotes estimate": ("estimate", lambda q, x: q.count_quotes("A", estimate=x)),
     "get_bars symbols": ("symbols", lambda q, x: q.get_bars(x, "1m", T0, T1)),
     "get_bars interval": ("interval", lambda q, x: q.get_bars("A", x, T0, T1)),
     "get_bars unit": ("interval", lambda q, x: q.get_bars("A", Interval(1, x), T0, T1)),
@@ -69,8 +84,15 @@ CALLS: dict[str, tuple[str, Call]] = {
     "get_bars tz": ("tz", lambda q, x: q.get_bars("A", "1m", T0, T1, tz=x)),
     "get_bars limit": ("limit", lambda q, x: q.get_bars("A", "1m", T0, T1, limit=x)),
     "get_bars sort": ("sort", lambda q, x: q.get_bars("A", "1m", T0, T1, sort=x)),
+    "bars_page wanted": ("wanted", lambda q, x: q.bars_page(x, BarSpec(Interval(1, "m")))),
+    "bars_page spec": ("spec", lambda q, x: q.bars_page(Range(["A"], N0, N1), x)),
     "bars_page fill": ("fill", lambda q, x: q.bars_page(Range(["A"], N0, N1), BarSpec(Interval(1, "m"), fill=x))),
+    "summary_page wanted": ("wanted", lambda q, x: q.summary_page(wanted=x, price="last")),
     "summary_page price": ("price", lambda q, x: q.summary_page(Range(["A"], N0, N1), x)),
+    "quotes_page wanted": ("wanted", lambda q, x: q.quotes_page(x)),
+    "quotes_page symbols": ("symbols", lambda q, x: q.quotes_page(Range(x, N0, N1))),
+    "quotes_page start": ("start", lambda q, x: q.quotes_page(Range(["A"], x, N1))),
+    "quotes_page end": ("end", lambda q, x: q.quotes_page(Range(["A"], N0, x))),
     "quotes_page sort": ("sort", lambda q, x: q.quotes_page(Range(["A"], N0, N1, sort=x))),
     "quotes_page limit": ("limit", lambda q, x: q.quotes_page(Range(["A"], N0, N1, x))),
     "quotes_page limit_per_symbol": (
@@ -87,12 +109,16 @@ CALLS: dict[str, tuple[str, Call]] = {
     "bulk_insert on_error": ("on_error", lambda q, x: q.bulk_insert([], on_error=x)),
     "bulk_insert ties": ("ties", lambda q, x: q.bulk_insert([], ties=x)),
     "bulk_insert prices": ("prices", lambda q, x: q.bulk_insert([], prices=x)),
+    "write writes": ("writes", lambda q, x: q.write(x)),
+    "write attempt": ("attempt", lambda q, x: q.write([], x)),
+    "replay key": ("key", lambda q, x: q.replay(x)),
     "write on_conflict": ("on_conflict", lambda q, x: q.write([Write(Batch.from_rows([]), on_conflict=x)])),
     "write on_error": ("on_error", lambda q, x: q.write([Write(Batch.from_rows([]), "update", x)])),
 }  # fmt: skip
 #: What of the absurd has a meaning all the same.
 MEANT: dict[str, tuple[Any, ...]] = {
     "start": (10**40, -1), "end": (10**40, -1), "quotes": (["asc"],), "symbols": (["asc"], {"a": 1}),
+    "estimate": (True,),
 }  # fmt: skip
 
 
@@ -113,19 +139,73 @@ def _is_default(name: str, value: object) -> bool:
     """Whether it is what the parameter has unless it is given, or a number of rows."""
     return value is None and name in {
         "count_quotes symbols", "count_quotes start", "latest_rows symbols", "symbols_page after",
-        "quotes_page limit_per_symbol", "bulk_insert prices",
+        "quotes_page limit_per_symbol", "bulk_insert prices", "write attempt",
     }  # fmt: skip
 
 
 def test_every_method_and_parameter_is_called() -> None:
     given = {tuple(name.split()) for name in CALLS}
     methods = {name: m for name, m in inspect.getmembers(QuoteRepository, callable) if not name.startswith("_")}
-    exempt = {"open", "limits", "get_symbols", "replay"}
+    exempt = {"open", "limits", "get_symbols"}
     assert {method for method, _ in given} >= set(methods) - exempt
     for name, method in methods.items():
         hints = typing.get_type_hints(method) if name not in exempt else {}
         words = {p for p, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
         assert {(name, word) for word in words} <= given, name
+
+
+@pytest.mark.parametrize("url", [None, b"postgresql://localhost/x", 7, ["postgresql://localhost/x"]])
+async def test_a_url_that_is_no_text_is_refused(url: Any) -> None:
+    with pytest.raises(InvalidRequest, match="url is a text"):
+        async with QuoteRepository.open(url):
+            raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("?sslmode=verify-full", "no root certificate"),
+        ("?target_session_attrs=fast", "one of these for `target_session_attrs`"),
+        ("?sslmode=sometimes", "one of these for `sslmode`"),
+        ("?application_name", "pairs of name=value"),
+        ("?port=http", "number for `port`"),
+    ],
+)
+async def test_what_is_wrong_with_a_url_is_said(
+    lane: Lane, query: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the driver looks for certificates
+    url = lane.url.partition("?")[0] + query
+
+    async def opened() -> None:
+        Settings(_env_file=None, database_url=url)
+        async with QuoteRepository.open(url, SETTINGS):
+            raise AssertionError
+
+    with pytest.raises((DatabaseMisconfigured, ValidationError), match=words):
+        await opened()
+
+
+async def test_what_was_closed_says_so(lane: Lane) -> None:
+    async with QuoteRepository.open(lane.url, SETTINGS) as quotes:
+        assert await quotes.count_quotes("NONE") == 0
+    for call in (quotes.get_symbols, lambda: quotes.count_quotes("NONE"), lambda: quotes.bulk_insert([ROW])):
+        with pytest.raises(InvalidRequest, match="The store was closed"):
+            await call()
+
+
+async def test_a_schema_of_a_later_version_is_not_opened(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "known", lambda: frozenset({"0001"}))
+    with pytest.raises(SchemaMismatch, match="which this version of the service does not know"):
+        async with QuoteRepository.open(lane.url, SETTINGS):
+            raise AssertionError
+
+
+async def test_a_statement_that_somebody_cancels_is_not_told_as_slow(lane: Lane, database: Database) -> None:
+    if lane.name == "timescaledb":
+        pytest.skip("one session serves all clients in turn, without timers")
+    with pytest.raises(QueryTimeout, match="Somebody cancelled the statement"):
+        await database.read(lambda c: c.execute("SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(5)"))
 
 
 async def test_the_word_of_an_order_is_ours(quotes: QuoteRepository, symbol: str) -> None:
@@ -347,6 +427,41 @@ async def test_an_error_of_the_programs_own_is_its_own(quotes: QuoteRepository, 
     with pytest.raises(ZeroDivisionError):
         await quotes.bulk_insert(broken())
     assert await quotes.get_latest_quote(symbol) is None
+
+
+@pytest.mark.parametrize("nanos", [1000, -1, 1.5, "1", None])
+async def test_nanoseconds_that_are_none_are_refused_by_their_row(
+    quotes: QuoteRepository, symbol: str, nanos: object
+) -> None:
+    row = {"symbol": symbol, "timestamp": T0, "price": 1, "nanos": nanos}
+    receipt = await quotes.bulk_insert([row], on_error="skip")
+    assert [(r.code, r.pointer) for r in receipt.rejected] == [("timestamp-invalid", "/0/nanos")]
+    assert "from 0 to 999" in receipt.rejected[0].detail
+
+
+async def test_who_asks_while_the_store_is_looked_at_waits_for_that_look() -> None:
+    began, go = asyncio.Event(), asyncio.Event()
+    looks = []
+
+    class Still:
+        async def look(self) -> Storage:
+            looks.append(1)
+            began.set()
+            await go.wait()
+            raise QueryTimeout("The database did not answer in time.")
+
+    async def check() -> None: ...
+
+    monitor = Monitor(cast("StorageRepository", Still()), SETTINGS, check)
+    first, gone = asyncio.create_task(monitor.storage()), asyncio.create_task(monitor.storage())
+    await began.wait()
+    second = asyncio.create_task(monitor.storage())
+    gone.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    found = await asyncio.gather(first, gone, second, return_exceptions=True)
+    assert [type(one) for one in found] == [QueryTimeout, asyncio.CancelledError, QueryTimeout]
+    assert len(looks) == 1
 
 
 def test_terms_know_their_words() -> None:

@@ -116,6 +116,7 @@ class Database:
         self._settings = settings
         #: The process and the event loop of the connections.
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._closed = False
         self.facts = Facts.first(settings)
         #: When each open connection was opened, and to which host.
         self._opened: WeakKeyDictionary[Connection, tuple[float, int]] = WeakKeyDictionary()
@@ -160,14 +161,16 @@ class Database:
             raise InvalidatePoolError
 
     def _stay(self) -> None:
-        """See that this is the process and the event loop of the connections.
+        """See that this is the process and the event loop of the connections, and that these are not closed.
 
         Two processes on one socket read each other's answers, and a connection waits in the loop that opened it.
 
         Raises:
-            InvalidRequest: it is another.
+            InvalidRequest: it is another, or they are.
         """
         process, loop = os.getpid(), asyncio.get_running_loop()
+        if self._closed:
+            raise InvalidRequest("The store was closed; what is opened is used within its `async with`.")
         if self._home is None:
             self._home = (process, loop)
         elif self._home[0] != process:
@@ -456,14 +459,18 @@ class Database:
     ) -> AsyncIterator[Connection]:
         """A connection outside the pool, for probes and long maintenance, `within` so many seconds if there is a limit.
 
+        These count from here, the opening included.
+
         Raises:
             DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
             QueryTimeout: a statement ran over its time, or all of it did.
         """
+        began = time.monotonic()
         with self._translated():
-            driver = await self.open(timeout, statement_timeout)
+            driver = await self.open(timeout if within is None else min(timeout, within), statement_timeout)
             try:
-                async with asyncio.timeout(within) as limit:
+                left = None if within is None else max(within - (time.monotonic() - began), 0)
+                async with asyncio.timeout(left) as limit:
                     yield driver
             except TimeoutError:
                 if limit.expired():
@@ -506,6 +513,7 @@ class Database:
     async def close(self) -> None:
         """Close every pooled connection; not those of another process, which go on being used there."""
         if self._home is None or self._home == (os.getpid(), asyncio.get_running_loop()):
+            self._closed = True
             if self._turns is not None:
                 self._turns.close()
             if self._probe is not None:

@@ -80,6 +80,8 @@ def translate(error: BaseException) -> QuotesError | None:
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
         kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or _REFUSED
+        if isinstance(error, asyncpg.QueryCanceledError) and "user request" in str(error):
+            detail = "Somebody cancelled the statement in the database; try again."
         return kind(detail)
     if isinstance(error, PoolBusy):
         return DatabaseUnavailable(str(error))
@@ -153,7 +155,12 @@ async def connect(url: str, **options: Any) -> Connection:
         if "SSL upgrade" in str(error):
             raise _misconfigured(f"The server has no TLS, which {_URL} asks for by `sslmode`.") from error
         raise
-    except (ValueError, KeyError):
+    except (ValueError, KeyError) as error:
+        if "root certificate" in str(error) or "root.crt" in str(error):
+            raise _misconfigured(
+                f"There is no root certificate to check the server by, as {_URL} asks for by `sslmode`; name one by"
+                " `sslrootcert`."
+            ) from None
         # The driver's words have parts of the URL in them, and so has the traceback.
         raise _misconfigured(f"The driver cannot read {_URL}; what is special in a URL is percent-encoded.") from None
     except (asyncpg.SyntaxOrAccessError, asyncpg.DataError) as error:

@@ -21,6 +21,7 @@ from app.errors import InvalidRequest
 from app.quote import tables
 from app.quote.batch import Batch, check_size
 from app.quote.fields import NANOS
+from app.quote.rows import Misshapen
 from app.quote.terms import Terms
 
 
@@ -162,12 +163,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Real) else value
 
 
-def _with_whole_instant(quote: dict[Any, Any]) -> dict[Any, Any]:
+def _with_whole_instant(quote: dict[Any, Any]) -> dict[Any, Any] | Misshapen:
     """A quote whose instant is in two parts, as it is stored, with one instant; any other as it is."""
     moment, nanos = quote.get("timestamp"), quote.get(NANOS)
     if NANOS not in quote or not isinstance(moment, datetime):
         return quote
-    if moment.utcoffset() is None or type(nanos) is not int or not 0 <= nanos <= _MOST_NANOS:
-        return quote  # refused by its row
+    if type(nanos) is not int or not 0 <= nanos <= _MOST_NANOS:
+        return Misshapen("timestamp-invalid", f"The field {NANOS} is a whole number from 0 to {_MOST_NANOS}.", NANOS)
     whole = {name: value for name, value in quote.items() if name != NANOS}
+    if moment.utcoffset() is None:
+        return whole  # refused by its row
     return whole | {"timestamp": Nanoseconds(nanoseconds(moment) + nanos)}

@@ -15,6 +15,7 @@ Every method raises `QuotesError`s only. Beside those that it lists, each raises
 event loop that is not the one the repository was opened in.
 """
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -29,12 +30,13 @@ from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
 from app.db.replicas import database_of
-from app.errors import InvalidRequest, QuotesError
+from app.errors import InvalidRequest, QuotesError, SchemaMismatch
 from app.quote.fields import COLUMNS, NANOS, VALUES
 from app.quote.given import Quotes, batch_of
 from app.quote.rules import normal_symbol
 from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties, check_choice
 from app.repository import bars
+from app.repository.arguments import checked
 from app.repository.bars import Bar, BarPrice, BarSpec, Reason
 from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
@@ -88,9 +90,13 @@ class QuoteRepository:
 
         Raises:
             DatabaseUnavailable: the server cannot be reached, or not by this URL.
+            SchemaMismatch: the schema is one that this version does not know.
             StartupError: the store is one of before the first release.
-            InvalidRequest: a variable `QUOTES_…` of the environment, which stands in for `settings`, is no setting.
+            InvalidRequest: `url` is no text, or a variable `QUOTES_…` of the environment, which stands in for
+                `settings`, is no setting.
         """
+        if not isinstance(url, str):
+            raise InvalidRequest("url is a text, as in postgresql://user:password@host/name.", parameter="url")
         if settings is None:
             try:
                 settings = Settings()
@@ -102,6 +108,7 @@ class QuoteRepository:
         database = database_of(url, settings)
         try:
             await database.connect()
+            await _require_known(database)
             yield cls(database, settings)
         finally:
             await database.close()
@@ -166,10 +173,12 @@ class QuoteRepository:
             max_bytes=self._settings.max_body_bytes,
         )
 
+    @checked
     async def write(self, writes: Sequence[Write], attempt: Attempt | None = None) -> list[Receipt | QuotesError]:
         """Store several requests in one transaction, as `Ingest.write`."""
         return await self._ingest.write(writes, attempt)
 
+    @checked
     async def replay(self, key: IdempotencyKey) -> Receipt | None:
         """The receipt that is kept under a key, as `Ingest.replay`."""
         return await self._ingest.replay(key)
@@ -256,6 +265,7 @@ class QuoteRepository:
         )
         return [SymbolSpan(*row) for row in rows]
 
+    @checked
     async def count_quotes(
         self,
         symbols: str | Iterable[str] | None = None,
@@ -267,7 +277,8 @@ class QuoteRepository:
         """How many quotes are stored: counted, or with `estimate` the planner's guess at no cost.
 
         Raises:
-            InvalidRequest: a symbol cannot exist, a time is naive or none, or the range is reversed.
+            InvalidRequest: a symbol cannot exist, a time is naive or none, the range is reversed, or `estimate` is
+                neither true nor false.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
@@ -323,16 +334,19 @@ class QuoteRepository:
 
     # --- reading: pages of JSON text ---
 
+    @checked
     async def quotes_page(self, wanted: Range) -> Page:
         """A page of quotes; errors as in `get_quotes`."""
         argument = Arguments()
         statement = _quotes(wanted, argument)
         return await self._read(lambda connection: page(connection, statement, QUOTE, wanted, argument))
 
+    @checked
     async def bars_page(self, wanted: Range, spec: BarSpec) -> tuple[Page, list[tuple[str, Reason]]]:
         """A page of bars, and why it has none of the symbols that it might have had; errors as in `get_bars`."""
         return await self._bars_page(wanted, spec, BAR)
 
+    @checked
     async def summary_page(self, wanted: Range, price: BarPrice) -> tuple[Page, list[tuple[str, Reason]]]:
         """A page of daily summaries in UTC days, as `bars_page`."""
         return await self._bars_page(wanted, BarSpec(Interval(1, "d"), price), SUMMARY)
@@ -393,6 +407,20 @@ class QuoteRepository:
 
     async def _read(self, work: Work[T]) -> T:
         return await self._database.read(work, self._consistency)
+
+
+async def _require_known(database: Database) -> None:
+    """See that this version knows the schema, as far as the role may read which it is."""
+    from app.db.migrate import head, known, newer_schema  # noqa: PLC0415  Alembic, which nothing else here needs
+
+    async def work(connection: Connection) -> Any:
+        if await connection.fetchval("SELECT has_table_privilege(to_regclass('alembic_version'), 'SELECT')"):
+            return await connection.fetchval("SELECT version_num FROM alembic_version")
+        return None
+
+    revision = await database.read(work)
+    if revision is not None and revision not in await asyncio.to_thread(known):
+        raise SchemaMismatch(newer_schema(revision, head()))
 
 
 def _quotes(wanted: Range, argument: Arguments) -> str:

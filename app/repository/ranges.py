@@ -44,7 +44,7 @@ class Range:
     """A range of quotes or bars, [`start`, `end`) in nanoseconds since 1970; rows by symbol, then by time.
 
     Raises:
-        InvalidRequest: `sort` is no such word, or a limit no number of rows.
+        InvalidRequest: `sort` is no such word, a limit no number of rows, or an end of the range no whole number.
     """
 
     symbols: Sequence[str]
@@ -58,6 +58,12 @@ class Range:
     def __post_init__(self) -> None:
         check_choice(self.sort, Sort, "sort")
         checked_limit(self.limit)
+        for name in ("start", "end"):
+            if type(getattr(self, name)) is not int:
+                raise InvalidRequest(f"{name} is a whole number of nanoseconds since 1970.", parameter=name)
+        given = self.symbols
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+            raise InvalidRequest("symbols is a sequence of texts.", parameter="symbols")
         if self.limit_per_symbol is not None:
             checked_limit(self.limit_per_symbol, "limit_per_symbol")
 

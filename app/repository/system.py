@@ -217,6 +217,8 @@ class SystemRepository:
                     database.facts = Facts.of(await connection.fetchrow(FACTS))
                 except SchemaMismatch:
                     flaw = flaw or "quotes.settings has no row"
+                except asyncpg.UndefinedColumnError as error:
+                    flaw = flaw or f"quotes.settings: {_said(error)}"
             # A standby has no say in whether there is room.
             writes = not (missing or lacking or flaw or state["read_only"])
             full = await _is_full(connection) if writes else False
@@ -267,8 +269,12 @@ async def _flaw(connection: Connection) -> str | None:
     try:
         await connection.execute(_PLANS)
     except (asyncpg.SyntaxOrAccessError, asyncpg.FeatureNotSupportedError, asyncpg.DataError) as error:
-        return str(error).splitlines()[0].rstrip(".")
+        return _said(error)
     return None
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
 
 
 async def _is_full(connection: Connection) -> bool:

@@ -714,15 +714,14 @@ encodings = pytest.mark.parametrize("name", ENCODINGS)
 
 
 def inflated(name: str, chunks: list[bytes], limit: int = 2**24, most: int = 2**16) -> bytes:
-    found = encoding.inflater(name, limit)
+    pieces: list[bytes] = []
+    found = encoding.inflater(name, limit, pieces.append)
     assert found is not None
     for chunk in chunks:
         done = found.feed(chunk, most=most)
         while not done:
             done = found.feed(most=most, parts=True)
     found.finish()
-    pieces: list[bytes] = []
-    found.take(pieces.append)
     return b"".join(pieces)
 
 

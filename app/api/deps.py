@@ -130,11 +130,11 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
         ClientDisconnect: the client has gone.
     """
     limit = settings.max_body_bytes
-    inflater = encoding.inflater(request.headers.get("content-encoding"), limit)
+    body = _Body()
+    inflater = encoding.inflater(request.headers.get("content-encoding"), limit, body.add)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:19]) > limit:
         raise BodyTooLarge.beyond(limit)
-    body = _Body()
     more = True
     windowed = False
     claim.expect()
@@ -155,7 +155,7 @@ async def read_body(request: Request, settings: Settings, claim: Claim) -> bytes
                 if more and not windowed:
                     claim.grow(inflater.window)
                     windowed = True
-                await _inflate(inflater, chunk, claim, body)
+                await _inflate(inflater, chunk, claim)
     except asyncio.CancelledError:
         claim.explain()
         raise
@@ -188,19 +188,17 @@ class _Body:
         return b"".join(self._chunks) if self._large is None else self._large
 
 
-async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim, body: _Body) -> None:
+async def _inflate(inflater: encoding.Inflater, chunk: bytes, claim: Claim) -> None:
     """Decompress a part of a body, and claim room for what it becomes."""
     before = inflater.size
     done = inflater.feed(chunk, most=_INLINE_BYTES)
     claim.grow(inflater.size - before)
-    inflater.take(body.add)
     if not done:
         claim.busy = True
         while not done:
             before = inflater.size
             done = await asyncio.to_thread(inflater.feed, most=_STEP_BYTES, parts=True)
             claim.grow(inflater.size - before)
-            inflater.take(body.add)
         claim.worked()
 
 

@@ -63,7 +63,7 @@ _ENCODINGS: Final[Mapping[str, tuple[Callable[[], _Part], int]]] = {
 class Inflater:
     """Decompresses one body as it arrives: members of gzip or frames of zstd, one after another."""
 
-    def __init__(self, begin: Callable[[], _Part], window: int, limit: int) -> None:
+    def __init__(self, begin: Callable[[], _Part], window: int, limit: int, add: Callable[[bytes], None]) -> None:
         #: Bytes that it may hold beside what has come out.
         self.window = window
         self._begin = begin
@@ -71,7 +71,7 @@ class Inflater:
         self._parts = 1
         self._limit = limit
         self._waiting = memoryview(b"")
-        self._found: list[bytes] = []
+        self._add = add
         #: Bytes that have come out.
         self.size = 0
 
@@ -112,13 +112,7 @@ class Inflater:
         if self._parts > _PARTS:
             raise MalformedBody(f"The compressed body has more than {_PARTS} parts.")
         if found:
-            self._found.append(found)
-
-    def take(self, add: Callable[[bytes], None]) -> None:
-        """Hand over what has come out since the last time."""
-        for found in self._found:
-            add(found)
-        self._found.clear()
+            self._add(found)
 
     def finish(self) -> None:
         """See that the body is whole.
@@ -130,8 +124,8 @@ class Inflater:
             raise MalformedBody("The compressed body breaks off.")
 
 
-def inflater(content_encoding: str | None, limit: int) -> Inflater | None:
-    """What decompresses a body with this header to at most `limit` bytes; None if it is not encoded.
+def inflater(content_encoding: str | None, limit: int, add: Callable[[bytes], None]) -> Inflater | None:
+    """What decompresses a body with this header to at most `limit` bytes, and adds them up; None if it is not encoded.
 
     Raises:
         UnsupportedEncoding: it is encoded in another way, or more than once.
@@ -141,4 +135,4 @@ def inflater(content_encoding: str | None, limit: int) -> Inflater | None:
         return None
     if encoding not in _ENCODINGS:
         raise UnsupportedEncoding("A body is encoded once, as gzip or zstd, or not at all.", accepted="gzip, zstd")
-    return Inflater(*_ENCODINGS[encoding], limit)
+    return Inflater(*_ENCODINGS[encoding], limit, add)

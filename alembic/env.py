@@ -1,7 +1,8 @@
 """Runs the migrations: one at a time across all instances, each in its own transaction, within timeouts.
 
 Invariant: whoever waits for the advisory lock finds the work done by whoever held it, so many instances may
-start together. A statement that cannot get its lock within seconds fails rather than queue up traffic.
+start together. A statement that cannot get its lock within seconds fails rather than queue up traffic. The revision is
+in the store's own schema, since a database may be shared with another application that alembic migrates.
 """
 
 import asyncio
@@ -10,8 +11,8 @@ from alembic import context
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db import embedded
-from app.db.capability import DETECT, HALF_RESTORED, REQUIRED, UNRELEASED, UNRELEASED_STORE, Capability
+from app.db import embedded, failures, sessions
+from app.db.capability import DETECT, HALF_RESTORED, IS_UNRELEASED, REQUIRED, UNRELEASED_STORE, Capability
 from app.db.facts import Facts, shown
 from app.db.hosts import find_primary, hosts_of
 from app.db.migrate import known, newer_schema
@@ -21,6 +22,50 @@ from app.settings import Settings, fault_of
 #: Longest wait for a statement in seconds, above what the server ends by itself: a server may also say nothing.
 COMMAND_TIMEOUT = 180
 LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
+
+# Revisions until r6 were kept in `alembic_version` of the first schema on the path, most often `public`.
+OURS_ELSEWHERE = "SELECT to_regclass('quotes.real_time') IS NOT NULL AND to_regclass('quotes.alembic_version') IS NULL"
+VERSION_TABLES = """
+SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relname = 'alembic_version' AND relkind = 'r' AND has_schema_privilege(n.oid, 'USAGE')
+      AND has_table_privilege(pg_class.oid, 'SELECT')
+      AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'version_num')
+ORDER BY nspname <> 'public', nspname
+"""
+TABLES = """
+SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace('quotes')
+AND relname IN ('real_time', 'latest', 'ohlc_1m', 'receipts', 'settings', 'backups')
+"""
+#: Which of these there are, by revision.
+TABLES_AT = {
+    "r1": {"real_time", "latest"},
+    "r2": {"real_time", "latest", "ohlc_1m"},
+    "r3": {"real_time", "latest", "ohlc_1m"},
+    "r4": {"real_time", "latest", "ohlc_1m", "receipts"},
+    "r5": {"real_time", "latest", "ohlc_1m", "receipts", "settings"},
+    "r6": {"real_time", "latest", "ohlc_1m", "receipts", "settings", "backups"},
+}
+# No name in the schema can be looked up then.
+BLIND = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'quotes' AND NOT has_schema_privilege(oid, 'USAGE'))"
+# The extension's functions are called by the migrations, and by jobs as the owner.
+RIGHTS = """
+SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
+       (SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = 'quotes') AS owner,
+       (SELECT pg_has_role(nspowner, 'USAGE') FROM pg_namespace WHERE nspname = 'quotes') AS owns,
+       ARRAY(
+           SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)
+           WHERE to_regnamespace('quotes') IS NULL AND NOT has_database_privilege(current_database(), 'CREATE')
+           UNION ALL
+           SELECT format('GRANT USAGE, CREATE ON SCHEMA quotes TO %I;', current_user) FROM pg_namespace
+           WHERE nspname = 'quotes' AND NOT (has_schema_privilege(oid, 'CREATE') AND has_schema_privilege(oid, 'USAGE'))
+           UNION ALL
+           SELECT format('GRANT USAGE ON SCHEMA %I TO %I;', nspname, current_user)
+           FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace
+           WHERE extname = 'timescaledb' AND NOT has_schema_privilege(n.oid, 'USAGE')
+           UNION ALL
+           SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I;', current_database(), current_user)
+           WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')) AS grants
+"""
 
 
 def _settings() -> Settings:
@@ -46,22 +91,40 @@ def _ensure_timescaledb(connection: Connection) -> None:
             "SELECT current_setting('timescaledb.max_background_workers', true) IS NOT NULL"
             " AND EXISTS (SELECT FROM pg_available_extensions"
             " WHERE name = 'timescaledb' AND installed_version IS NULL)"
+            " AND to_regnamespace('public') IS NOT NULL"
         )
     ).scalar_one()
     if ready:
-        connection.execute(text("CREATE EXTENSION IF NOT EXISTS timescaledb"))
+        connection.execute(text("CREATE EXTENSION IF NOT EXISTS timescaledb SCHEMA public"))
+        connection.execute(text("SET search_path = public"))
         connection.commit()
+
+
+def _adopt(connection: Connection) -> None:
+    """Take the revision into our schema where it is in another: ours by what it says and by our tables.
+
+    Another application's table of the same name stays as it is.
+    """
+    if not connection.execute(text(OURS_ELSEWHERE)).scalar_one():
+        return
+    found = {name for (name,) in connection.execute(text(TABLES))}
+    for (name,) in connection.execute(text(VERSION_TABLES)).all():
+        rows = connection.execute(text(f"SELECT version_num FROM {name}")).scalars().all()
+        if len(rows) == 1 and TABLES_AT.get(rows[0]) == found:
+            connection.execute(text(f"ALTER TABLE {name} SET SCHEMA quotes"))
+            break
+    connection.commit()
 
 
 def _revision(connection: Connection) -> str | None:
     """The revision of the schema; None where nothing was migrated."""
-    if not connection.execute(text("SELECT to_regclass('alembic_version') IS NOT NULL")).scalar_one():
+    if not connection.execute(text("SELECT to_regclass('quotes.alembic_version') IS NOT NULL")).scalar_one():
         return None
-    return connection.execute(text("SELECT version_num FROM alembic_version")).scalars().first()
+    return connection.execute(text("SELECT version_num FROM quotes.alembic_version")).scalars().first()
 
 
-def _refuse_unreleased(revision: str | None) -> None:
-    if revision in UNRELEASED:
+def _refuse_unreleased(connection: Connection) -> None:
+    if connection.execute(text(IS_UNRELEASED)).scalar_one():
         raise StartupError(UNRELEASED_STORE)
 
 
@@ -96,14 +159,37 @@ def _refuse_contradiction(settings: Settings, revision: str | None) -> None:
         )
 
 
+def _require_rights(connection: Connection, revision: str | None = None) -> None:
+    """Name the statements that give this role what it lacks to migrate."""
+    row = connection.execute(text(RIGHTS)).one()
+    if revision is not None and not row.owns:
+        raise StartupError(
+            f"The role {row.role} does not own the schema quotes, and the store is at revision {revision}: migrate as"
+            f" {row.owner}, or make the role a member of it: GRANT {row.owner} TO {row.role};"
+        )
+    if row.grants:
+        raise StartupError(
+            f"The role {row.role} may not migrate the database {row.database}. An administrator gives it what it lacks,"
+            f" in that database: {' '.join(row.grants)}"
+        )
+
+
+def _end_at_base(connection: Connection) -> None:
+    """Leave nothing behind: the revision, and the schema if this role could make it again."""
+    if _revision(connection) is None:
+        connection.execute(text("DROP TABLE IF EXISTS quotes.alembic_version"))
+        if connection.execute(text("SELECT has_database_privilege(current_database(), 'CREATE')")).scalar_one():
+            connection.execute(text("DROP SCHEMA IF EXISTS quotes"))
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     # Session settings, so that they hold for each migration's transaction.
-    for setting in ("lock_timeout = '4s'", "statement_timeout = '60s'", "timezone = 'UTC'"):
-        connection.execute(text(f"SET {setting}"))
-    connection.commit()
     connection.execute(text("SET lock_timeout = '120s'"))
+    connection.execute(text("SET statement_timeout = '130s'"))
     connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
     connection.execute(text("SET lock_timeout = '4s'"))
+    connection.execute(text("SET statement_timeout = '60s'"))
     connection.commit()
     try:
         _ensure_timescaledb(connection)
@@ -115,25 +201,46 @@ def _run(connection: Connection) -> None:
                 f"The server's capability level is {capability.level}, {settings.required_level} is required. Nothing"
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
+        if connection.execute(text(BLIND)).scalar_one():
+            _require_rights(connection)
+        _refuse_unreleased(connection)
+        _adopt(connection)
         revision = _revision(connection)
-        _refuse_unreleased(revision)
         _refuse_half_restored(connection, settings, revision)
         _refuse_newer(revision)
         _refuse_contradiction(settings, revision)
+        if revision != context.script.get_current_head():  # at which nothing is needed
+            _require_rights(connection, revision)
         connection.commit()
         context.config.attributes.update(capability=capability, settings=settings)
-        context.configure(connection=connection, transaction_per_migration=True)
+        # Where the schema is there already the statement would ask for a right that is not needed.
+        if connection.execute(text("SELECT to_regnamespace('quotes') IS NULL")).scalar_one():
+            connection.execute(text("CREATE SCHEMA quotes"))
+        connection.commit()
+        context.configure(connection=connection, transaction_per_migration=True, version_table_schema="quotes")
         with context.begin_transaction():
             context.run_migrations()
+        _end_at_base(connection)
     finally:
         connection.rollback()
         connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
         connection.commit()
 
 
+async def _open() -> failures.Connection:
+    return (await find_primary(hosts_of(_url()), timeout=10, command_timeout=COMMAND_TIMEOUT)).connection
+
+
 async def _main() -> None:
     async def connect() -> object:
-        return (await find_primary(hosts_of(_url()), timeout=10, command_timeout=COMMAND_TIMEOUT)).connection
+        connection = await _open()
+        try:
+            sessions.require_encoding(connection)
+            await sessions.require_own(connection, _open)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=pool.NullPool)
     try:

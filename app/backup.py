@@ -416,7 +416,9 @@ class _Archive:
         entries = [line for line in listed.splitlines() if line and not line.startswith(";")]
         if not any(re.search(r" TABLE quotes real_time ", line) for line in entries):
             raise BackupError("it is not of a store, as it has no table quotes.real_time.")
-        _, revisions = await _rows(program, file, "alembic_version")
+        # Stores until r6 have theirs in `public`, where another application may have one too.
+        ours = any(" TABLE DATA quotes alembic_version " in line for line in entries)
+        _, revisions = await _rows(program, file, "alembic_version", "quotes" if ours else None)
         revision = revisions[1][0] if len(revisions) > 1 else None
         if not any(" EXTENSION - timescaledb" in line for line in entries):
             return cls(file, program, entries, revision, None, None)
@@ -424,6 +426,12 @@ class _Archive:
         version = next(values[1] for values in rows if values[0] == "timescaledb_version")
         schema, (columns, *rows) = await _rows(program, file, "bgw_job")
         return cls(file, program, entries, revision, version, Job(schema, columns, rows))
+
+    async def extension_schema(self) -> str:
+        """Where the dump has the extension, as SQL writes it."""
+        script = await self.script(lambda entry: " EXTENSION - timescaledb" in entry)
+        found = re.search(rf"^CREATE EXTENSION .* WITH SCHEMA ({_ROLE});$", script, re.MULTILINE)
+        return "public" if found is None else found[1]
 
     async def script(self, wanted: Callable[[str], object]) -> str:
         """The statements of some entries."""
@@ -446,9 +454,10 @@ class _Archive:
             yield chosen.name
 
 
-async def _rows(program: Path, file: Path, table: str) -> tuple[str, list[list[str]]]:
+async def _rows(program: Path, file: Path, table: str, schema: str | None = None) -> tuple[str, list[list[str]]]:
     """A small table of a dump: its schema, and the names of its columns before its rows, as COPY writes them."""
-    script = await programs.run(program, "--data-only", f"--table={table}", "--file=-", str(file))
+    where = [f"--table={table}"] + ([] if schema is None else [f"--schema={schema}"])
+    script = await programs.run(program, "--data-only", *where, "--file=-", str(file))
     found = re.search(r"^COPY (\w+)\.\w+ \((.*)\) FROM stdin;\n(.*?)^\\\.$", script, re.MULTILINE | re.DOTALL)
     if found is None:
         raise BackupError(f"it is not whole, as it has no rows of {table}.")
@@ -565,15 +574,17 @@ async def _checked(file: Path, target: RestoreRepository, owner: str | None, gra
     of = owner or target.role.name
     await target.require_roles(of, grants, jobs=policies)
     if archive.timescaledb is not None:
-        await target.require_timescaledb(archive.timescaledb, policies=policies)
+        await target.require_timescaledb(archive.timescaledb, await archive.extension_schema(), policies=policies)
     return archive, of
 
 
 async def _load(archive: _Archive, target: RestoreRepository, url: str, owner: str) -> tuple[set[str], set[str]]:
     """Everything but the revision, with no hook and no job of TimescaleDB: the roles with rights, and those missing."""
+    extension = None
     if archive.timescaledb is not None:
+        extension = (await archive.extension_schema()).strip('"')  # which is there with it
         await target.pre_restore()
-    await archive.load(url, lambda entry: not _is_last(entry))
+    await archive.load(url, lambda entry: not _is_last(entry) and f" SCHEMA - {extension} " not in entry)
     await target.give(owner)
     privileges = _privileges(await archive.script(_is_privilege))
     roles = {role for _, role in privileges}

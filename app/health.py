@@ -237,8 +237,8 @@ class Health:
         """Why the schema is not the one that this version needs."""
         if not seen.table_exists:
             return "quotes.real_time is missing: run `opa-quotes migrate`."
-        if "SELECT on alembic_version" in seen.lacking:
-            return "The revision of the schema cannot be read: the role lacks SELECT on alembic_version."
+        if "SELECT on quotes.alembic_version" in seen.lacking:
+            return "The revision of the schema cannot be read: the role lacks SELECT on quotes.alembic_version."
         if seen.revision is None:
             return "The tables have no revision: a restore into this database did not finish."
         if seen.revision != self._head and seen.revision not in known():

@@ -131,7 +131,7 @@ async def test_a_store_is_told_from_others(empty_url: str, lane: Lane) -> None:
     assert re.fullmatch("[0-9a-f]{16}", first or "")
     connection = await asyncpg.connect(empty_url)
     try:
-        await connection.execute("DROP SCHEMA quotes CASCADE; DROP TABLE alembic_version")
+        await connection.execute("DROP SCHEMA quotes CASCADE")
     finally:
         await connection.close()
     await migrate(empty_url, settings)
@@ -305,7 +305,7 @@ async def test_a_schema_of_another_version_is_not_ready(lane: Lane, empty_url: s
     assert f"needs {head()}" in older.checks[2].detail
     await migrate(empty_url, settings)
     assert (await seen_by(empty_url, lane)).status == lane.soundest
-    await run(empty_url, "UPDATE alembic_version SET version_num = 'r999'")
+    await run(empty_url, "UPDATE quotes.alembic_version SET version_num = 'r999'")
     newer = await seen_by(empty_url, lane)
     assert (newer.status, newer.checks[2].version) == ("unhealthy", "r999")
     for step in (migrate, downgrade):
@@ -340,7 +340,6 @@ async def test_what_is_missing_of_the_schema_is_named(lane: Lane, empty_url: str
 GRANTS = (
     "GRANT USAGE ON SCHEMA quotes TO {}",
     "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA quotes TO {}",
-    "GRANT SELECT ON public.alembic_version TO {}",
 )
 
 
@@ -368,7 +367,7 @@ async def test_a_role_that_lacks_a_privilege_is_not_ready_and_told_which(lane: L
             ("UPDATE ON quotes.settings", "UPDATE on quotes.settings"),
             ("DELETE ON quotes.receipts", "DELETE on quotes.receipts"),
             ("USAGE ON SCHEMA quotes", "USAGE on the schema quotes"),
-            ("SELECT ON public.alembic_version", "SELECT on alembic_version"),
+            ("SELECT ON quotes.alembic_version", "SELECT on quotes.alembic_version"),
         ):
             await run(empty_url, f"REVOKE {what} FROM {role}")
             less = await seen_by(url, lane)

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -22,12 +24,11 @@ from app.errors import DatabaseRefused, DatabaseUnavailable, StartupError
 from app.quote.fields import COLUMNS, PRICES, SIZES
 from app.repository.quotes import QuoteRepository
 from app.settings import Settings
-from tests.conftest import Lane
+from tests.conftest import Lane, random_symbol
 
 CATALOG = """
 SELECT 'relation', n.nspname || '.' || c.relname, c.relkind::text FROM pg_class c
-JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname IN ('quotes', 'public') AND c.relname <> 'alembic_version'
-  AND c.relname <> 'alembic_version_pkc'
+JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname IN ('quotes', 'public')
   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'e')
 UNION ALL SELECT 'schema', nspname, '' FROM pg_namespace WHERE nspname = 'quotes'
 UNION ALL SELECT 'function', p.oid::regprocedure::text, '' FROM pg_proc p
@@ -41,6 +42,26 @@ UNION ALL SELECT 'aggregate', view_name::text, '' FROM timescaledb_information.c
 UNION ALL SELECT 'columnstore', hypertable::text, '' FROM timescaledb_information.hypertable_columnstore_settings
 ORDER BY 1, 2
 """
+
+
+REVISION = "SELECT version_num FROM quotes.alembic_version"
+
+
+async def run(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def ask(url: str, query: str) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
 
 
 async def catalog(url: str) -> list[tuple[Any, ...]]:
@@ -77,9 +98,9 @@ def _shape(rows: list[tuple[Any, ...]]) -> set[tuple[str, ...]]:
 
 async def test_revision_by_revision(lane: Lane, empty_url: str) -> None:
     settings = lane.make_settings()
-    for revision in ("r1", "r2", "r3", "r4", "r5", "r6"):
+    for revision in ("r1", "r2", "r3", "r4", "r5", "r6", "r7"):
         await migrate(empty_url, settings, revision)
-    for revision in ("r5", "r4", "r3", "r2", "r1", "base"):
+    for revision in ("r6", "r5", "r4", "r3", "r2", "r1", "base"):
         await downgrade(empty_url, settings, revision)
     with pytest.raises(StartupError, match="nowhere"):
         await migrate(empty_url, settings, "nowhere")
@@ -90,7 +111,7 @@ async def test_a_store_of_before_the_first_release_is_refused(lane: Lane, empty_
     connection = await asyncpg.connect(empty_url)
     await connection.execute(
         f"CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY); INSERT INTO alembic_version"
-        f" VALUES ('{revision}')"
+        f" VALUES ('{revision}'); CREATE SCHEMA quotes; CREATE TABLE quotes.real_time (symbol text)"
     )
     await connection.close()
     before = await catalog(empty_url)
@@ -120,6 +141,97 @@ async def test_a_store_of_before_the_first_release_is_refused(lane: Lane, empty_
     await connection.close()
 
 
+@pytest.mark.parametrize("theirs", ["0004", "r7"])
+async def test_the_revision_of_another_application_is_not_ours(lane: Lane, empty_url: str, theirs: str) -> None:
+    """Whatever it is called, and whether a store of ours is there or not."""
+    table = "public.alembic_version"
+    await run(empty_url, f"CREATE TABLE {table} (version_num text)", f"INSERT INTO {table} VALUES ('{theirs}')")
+    settings = lane.make_settings()
+    await migrate(empty_url, settings)
+    await migrate(empty_url, settings)
+    assert await ask(empty_url, REVISION) == head()
+    await downgrade(empty_url, settings)
+    assert await ask(empty_url, "SELECT version_num FROM public.alembic_version") == theirs
+    assert [row[1] for row in await catalog(empty_url) if row[0] != "function"] == ["public.alembic_version"]
+
+
+async def test_a_revision_that_was_kept_elsewhere_moves_to_our_schema(lane: Lane, empty_url: str) -> None:
+    """Until r6 it was where the path led first; by its side may be the table of another application."""
+    settings = lane.make_settings()
+    await migrate(empty_url, settings, "r6")
+    await run(
+        empty_url,
+        "ALTER TABLE quotes.alembic_version SET SCHEMA public; CREATE SCHEMA another",
+        "CREATE TABLE another.alembic_version (version_num text); INSERT INTO another.alembic_version VALUES ('r4')",
+        "CREATE SCHEMA broken; CREATE TABLE broken.alembic_version (number int)",
+    )
+    await migrate(empty_url, settings)
+    assert await ask(empty_url, REVISION) == head()
+    assert await ask(empty_url, "SELECT to_regclass('public.alembic_version')") is None
+    assert await ask(empty_url, "SELECT version_num FROM another.alembic_version") == "r4"
+    await run(empty_url, "DROP TABLE another.alembic_version, broken.alembic_version")
+
+
+async def test_tables_that_do_not_fit_a_revision_give_it_to_nobody(lane: Lane, empty_url: str) -> None:
+    """As where a restore did not finish, beside another application that is at a revision of the same name."""
+    await migrate(empty_url, lane.make_settings())
+    await run(empty_url, "DROP TABLE quotes.backups", "ALTER TABLE quotes.alembic_version SET SCHEMA public",
+              "UPDATE public.alembic_version SET version_num = 'r6'")  # fmt: skip
+    with pytest.raises(StartupError, match="did not finish"):
+        await migrate(empty_url, lane.make_settings())
+    assert await ask(empty_url, "SELECT version_num FROM public.alembic_version") == "r6"
+
+
+@pytest.mark.concurrent
+async def test_a_role_that_owns_its_schema_only_can_migrate_and_serve(lane: Lane, empty_url: str) -> None:
+    """And one that owns nothing is told the statements that it needs."""
+    role, database = f"only_{random_symbol().lower()}", urlsplit(empty_url).path[1:]
+    parts = urlsplit(empty_url)
+    url = urlunsplit(parts._replace(netloc=f"{role}@{parts.netloc.rpartition('@')[2]}"))
+    settings = lane.make_settings(database_url=url)
+    # The extension is there beforehand, where there is one.
+    await migrate(empty_url, lane.make_settings())
+    await downgrade(empty_url, lane.make_settings())
+    await run(empty_url, f"CREATE ROLE {role} LOGIN")
+    try:
+        with pytest.raises(StartupError) as told:
+            await migrate(url, settings)
+        assert f"GRANT CREATE ON DATABASE {database} TO {role};" in told.value.detail
+        await run(empty_url, "CREATE SCHEMA quotes", f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC")
+        with pytest.raises(StartupError) as told:
+            await migrate(url, settings)
+        grants = re.findall(r"GRANT [^;]+;", told.value.detail)
+        assert len(grants) == 2, told.value.detail
+        await run(empty_url, *grants)
+        await migrate(url, settings, "r6")
+        with pytest.raises(StartupError, match=f"does not own the schema quotes.* GRANT \\w+ TO {role};"):
+            await migrate(url, settings)
+        await run(empty_url, f"ALTER SCHEMA quotes OWNER TO {role}")
+        await migrate(url, settings)
+        async with QuoteRepository.open(url, settings) as quotes:
+            stored = await quotes.bulk_insert([{"symbol": "A", "timestamp": datetime.now(UTC), "price": 1}])
+            assert stored.inserted == 1
+        await downgrade(url, settings)
+        assert await ask(empty_url, "SELECT count(*) FROM pg_class WHERE relnamespace = 'quotes'::regnamespace") == 0
+    finally:
+        await run(empty_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+@pytest.mark.concurrent
+async def test_a_database_that_cannot_store_every_text_is_refused(lane: Lane, empty_url: str) -> None:
+    name = f"latin_{random_symbol().lower()}"
+    url = urlunsplit(urlsplit(empty_url)._replace(path=f"/{name}"))
+    await run(empty_url, f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        settings = lane.make_settings(database_url=url)
+        for attempt in (migrate(url, settings), Database(url, settings).connect()):
+            with pytest.raises(StartupError, match="encoding of the database is LATIN1, and UTF8 is needed"):
+                await attempt
+        assert await catalog(url) == []
+    finally:
+        await run(empty_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.mark.concurrent
 async def test_instances_may_start_together(lane: Lane, empty_url: str) -> None:
     environment = {**os.environ, "QUOTES_DATABASE_URL": empty_url, "QUOTES_REQUIRE_TIMESCALEDB": "none"}
@@ -134,7 +246,7 @@ async def test_instances_may_start_together(lane: Lane, empty_url: str) -> None:
         _, errors = await instance.communicate()
         assert instance.returncode == 0, errors.decode()
     connection = await asyncpg.connect(empty_url)
-    assert await connection.fetchval("SELECT version_num FROM alembic_version") == head()
+    assert await connection.fetchval("SELECT version_num FROM quotes.alembic_version") == head()
     await connection.close()
 
 

@@ -360,7 +360,7 @@ def test_a_report_that_nobody_takes_has_its_own_exit_status(service_url: str, sh
 
 def test_migrating_on_the_command_line(shared_dir: Path) -> None:
     data = str(shared_dir / "migrated")
-    assert "The schema is at r6" in command("migrate", "--data-dir", data).stderr
+    assert "The schema is at r7" in command("migrate", "--data-dir", data).stderr
     assert "The schema is at base" in command("migrate", "base", "--down", "--data-dir", data).stderr
     unknown = command("migrate", "9999", "--data-dir", data)
     assert unknown.returncode == 1

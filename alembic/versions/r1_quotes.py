@@ -60,7 +60,6 @@ COMMENTS = {
 
 def upgrade() -> None:
     attributes = context.config.attributes
-    op.execute("CREATE SCHEMA quotes")
     # Symbols compare as bytes: keyset paging, the sort in the write path and the columnstore agree on one order.
     op.execute(f"""
         CREATE TABLE quotes.real_time (
@@ -97,4 +96,3 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute("DROP TABLE quotes.latest")
     op.execute("DROP TABLE quotes.real_time")
-    op.execute("DROP SCHEMA quotes")

@@ -176,6 +176,15 @@ WHERE EXISTS (SELECT FROM quotes.ohlc_1d WHERE timestamp < oldest.start - interv
 """
 
 
+def retention_at(level: Level) -> str:
+    """The procedure as a level needs it."""
+    kept = {"{complete}": COMPLETE, "{known}": KNOWN}  # where there are bars that outlive their quotes
+    statement = RETENTION
+    for place, part in kept.items():
+        statement = statement.replace(place, part if level >= Level.COMMUNITY else "")
+    return statement
+
+
 def upgrade() -> None:
     attributes = context.config.attributes
     level, settings = attributes["capability"].level, attributes["settings"]
@@ -208,11 +217,7 @@ def upgrade() -> None:
         op.execute("COMMENT ON FUNCTION quotes.bars_behind IS 'Whether a rollup lacks something of a range'")
         op.execute(DROPPED)
     if level >= Level.APACHE:
-        kept = {"{complete}": COMPLETE, "{known}": KNOWN}  # where there are bars that outlive their quotes
-        statement = RETENTION
-        for place, part in kept.items():
-            statement = statement.replace(place, part if level >= Level.COMMUNITY else "")
-        op.execute(statement)
+        op.execute(retention_at(level))
         op.execute("COMMENT ON PROCEDURE quotes.apply_retention IS 'Drops quotes past their retention; a job'")
     if level >= Level.COMMUNITY:
         op.execute("SELECT remove_retention_policy('quotes.real_time', if_exists => true)")

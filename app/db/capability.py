@@ -43,8 +43,12 @@ POSTGRESQL: Final = (16, 18)
 TIMESCALEDB: Final = (2, 29, 2)
 #: The oldest on which the schema and every statement are tested; older ones are not known to work.
 OLDEST_TIMESCALEDB: Final = (2, 23, 0)
-#: Revisions of stores from before the row was decided, which nothing can turn into one of today.
-UNRELEASED: Final = frozenset({"0001", "0002", "0003", "0004"})
+#: Whether the store is one from before the row was decided, which nothing can turn into one of today.
+IS_UNRELEASED: Final = """
+SELECT EXISTS (
+    SELECT FROM pg_class WHERE relnamespace = to_regnamespace('quotes') AND relname = 'real_time'
+    AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'nanos'))
+"""
 UNRELEASED_STORE: Final = (
     "This store was made before the first release, with rows that cannot be converted in place; read its quotes with"
     " the version that made it, and load them into an empty database with this one, as the page on upgrades says."

@@ -1,8 +1,7 @@
-"""Connection pools, with the session settings that every statement of the service relies on.
+"""Connection pools, of sessions that are set as `app.db.sessions` says.
 
 Invariant: but for `Database.open`, a connection leaves this module only inside a context manager that gives it back,
-and driver exceptions leave it only as `errors.*`. Sessions run in UTC, plan with the actual parameters (a generic plan
-over a hypertable would lock every chunk) and stop a statement that runs over its time.
+and driver exceptions leave it only as `errors.*`. A session stops a statement that runs over its time.
 
 A URL may name several hosts: the pool then holds connections to the one to write to (`app.db.hosts`), and moves when
 that is another. All hosts are looked at when the first connection is opened, and when none is open that would have
@@ -28,8 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from app import metrics
-from app.db import failures, hosts
-from app.db.capability import DETECT, UNRELEASED, UNRELEASED_STORE, Capability
+from app.db import failures, hosts, sessions
+from app.db.capability import DETECT, IS_UNRELEASED, UNRELEASED_STORE, Capability
 from app.db.facts import FACTS, Facts
 from app.db.failures import connect, connection_lost, full, translated
 from app.db.turns import Turns
@@ -66,16 +65,14 @@ class _Pooled(asyncpg.Connection):
 
 
 async def detect(connection: Connection) -> Capability:
-    """What the server can do, if the store on it is none of before the first release.
+    """What the server can do, if it stores every text, and the store on it is none of before the first release.
 
     Raises:
-        StartupError: it is.
+        StartupError: it does not, or it is.
     """
-    if await connection.fetchval("SELECT to_regclass('alembic_version') IS NOT NULL"):
-        # A role that reads quotes need not be able to read this; the store is then as good as its tables.
-        with suppress(asyncpg.InsufficientPrivilegeError):
-            if await connection.fetchval("SELECT version_num FROM alembic_version") in UNRELEASED:
-                raise StartupError(UNRELEASED_STORE)
+    sessions.require_encoding(connection)
+    if await connection.fetchval(IS_UNRELEASED):
+        raise StartupError(UNRELEASED_STORE)
     return Capability.of(await connection.fetchrow(DETECT) or ())
 
 
@@ -213,21 +210,11 @@ class Database:
         return await connect(self._hosts[place], timeout=timeout, **options)
 
     def _options(self, statement_timeout: timedelta | None) -> dict[str, Any]:
-        milliseconds = int((statement_timeout or self._settings.statement_timeout).total_seconds() * 1000)
         return {
-            # A pooler that hands each transaction to another server process cannot keep prepared statements.
+            # Where each operation has a connection of its own, a statement is not prepared for the next.
             "statement_cache_size": 0 if self._settings.pool_size == 0 else 100,
-            "server_settings": {
-                "application_name": "opa-quotes",
-                "TimeZone": "UTC",
-                "plan_cache_mode": "force_custom_plan",
-                "jit": "off",
-                # A symbol lies scattered over the pages of its day; at the default of 4 the planner rather reads
-                # the whole range by time and filters: 9 ms instead of 1 ms for 600 quotes of one symbol of 50.
-                "random_page_cost": "1.1",
-                "statement_timeout": str(milliseconds),
-                "idle_in_transaction_session_timeout": "60000",
-            },
+            "server_settings": {"application_name": "opa-quotes"},
+            "statement_timeout": statement_timeout or self._settings.statement_timeout,
         }
 
     async def _open(self, timeout: float, options: dict[str, Any]) -> tuple[int, Connection]:
@@ -319,8 +306,8 @@ class Database:
         """Reach the server and detect its capability level.
 
         Raises:
-            DatabaseUnavailable: it cannot be reached.
-            StartupError: the store is one of before the first release.
+            DatabaseUnavailable: it cannot be reached, or by way of a pooler that shares sessions.
+            StartupError: the store is one of before the first release, or its encoding is not UTF8.
         """
         async with self.acquire() as connection:
             try:
@@ -329,10 +316,19 @@ class Database:
                 raise DatabaseUnavailable("The database does not answer.") from error
 
     async def _learn(self, connection: Connection) -> None:
+        await self.require_own(connection)
         self.capability = await detect(connection)
         self.facts = await read_facts(connection, self.facts)
         if self._server is None:
             self._server = await self.identify(connection)
+
+    async def require_own(self, connection: Connection) -> None:
+        """Refuse a pooler that gives a connection another session after each transaction.
+
+        Raises:
+            DatabaseMisconfigured: there is one.
+        """
+        await sessions.require_own(connection, self.open)
 
     async def identify(self, connection: Connection) -> hosts.Server | None:
         """What the server says of itself; None if it is one that does not."""

@@ -8,12 +8,14 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
 from app import metrics
+from app.db import sessions
 from app.errors import (
     DatabaseDamaged,
     DatabaseMisconfigured,
@@ -25,7 +27,7 @@ from app.errors import (
     SchemaMismatch,
 )
 
-Connection: TypeAlias = "asyncpg.Connection[Any]"
+Connection: TypeAlias = sessions.Connection
 
 #: Whose mistake it is, in every sentence about a URL.
 _URL: Final = "the database URL (QUOTES_DATABASE_URL)"
@@ -66,6 +68,11 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
     # Classes that say "not now" rather than "never": connection, resources, operator intervention, system.
     | dict.fromkeys(("08", "53", "57", "58", "F0"), _NOT_NOW)
 )
+#: Shared memory, of which the server says no more than that it is out of it.
+_LOCKS: Final = (
+    "The server has no room for another lock: max_locks_per_transaction is too low for its chunks and connections;"
+    " `opa-quotes health` says what is needed."
+)
 _REFUSED: Final = (DatabaseRefused, "The database refuses this statement; an operator has to look at its log.")
 
 
@@ -79,6 +86,8 @@ def translate(error: BaseException) -> QuotesError | None:
         return translate(error.orig.__cause__ or error.orig)
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
+        if state == "53200" and "max_locks_per_transaction" in (error.hint or ""):
+            return DatabaseUnavailable(_LOCKS)
         kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or _REFUSED
         if isinstance(error, asyncpg.QueryCanceledError) and "user request" in str(error):
             detail = "Somebody cancelled the statement in the database; try again."
@@ -137,14 +146,16 @@ def connection_lost(error: BaseException) -> bool:
     )
 
 
-async def connect(url: str, **options: Any) -> Connection:
-    """A connection to the one host of a URL, as the driver opens it; its exceptions come as they are but one kind.
+async def connect(
+    url: str, *, timeout: float, statement_timeout: timedelta | None = None, **options: Any
+) -> Connection:
+    """A session of the service on the one host of a URL; the driver's exceptions come as they are but one kind.
 
     Raises:
         DatabaseMisconfigured: the URL, or the server, would have to be another.
     """
     try:
-        connection: Connection = await asyncpg.connect(url, **options)
+        connection: Connection = await asyncpg.connect(url, timeout=timeout, **options)
     except ssl.SSLCertVerificationError as error:
         raise _misconfigured(f"The certificate of the server is not one that {_URL} asks for by `sslmode`.") from error
     except FileNotFoundError:
@@ -168,6 +179,11 @@ async def connect(url: str, **options: Any) -> Connection:
             raise
         raise _misconfigured(f"The server does not take a parameter behind the `?` of {_URL}.") from error
     _keep_alive(connection)
+    try:
+        await sessions.prepare(connection, timeout, statement_timeout)
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
 
 

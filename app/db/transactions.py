@@ -53,6 +53,8 @@ _USUAL: Final = 1.0
 #: TimescaleDB refuses a transaction that decompresses more than 100,000 rows, which a hundred late quotes of different
 #: hours can do. Time bounds a transaction here. Other servers take it for a setting of nobody.
 _UNBOUNDED: Final = "timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
+#: What a transaction falls victim to that may be done again: a deadlock, or another one that was committed first.
+_IN_THE_WAY: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 _THERE: Final = "SELECT pid FROM pg_stat_activity WHERE pid = ANY($1::int[])"
 
 
@@ -152,7 +154,7 @@ class Transactions:
                         connection.terminate()  # and with it the table
                         raise _Again("A temporary table was left in pieces by what cancelled its last use.") from error
                     await self._roll_back(connection)
-                    if isinstance(error, (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)):
+                    if isinstance(error, _IN_THE_WAY):
                         raise _Again("Other writes were in the way each time.") from error
                     raise
                 if end == "COMMIT":
@@ -209,6 +211,8 @@ class Transactions:
                 raise OutcomeUnknown(
                     "The connection broke while committing; sending the same again is harmless."
                 ) from error
+            if isinstance(error, _IN_THE_WAY):
+                raise _Again("Other writes were in the way each time.") from error
             raise
 
     def _commit_waits(self) -> bool:

@@ -31,15 +31,7 @@ _PUT_OFF: Final = timedelta(minutes=10)
 _RUNNING_LIMIT: Final = timedelta(minutes=10)
 _OWNERS_AT_ONCE: Final = 100
 
-#: All that is hashed is text, so the session says how values are written.
-_SESSION: Final = """
-SET idle_in_transaction_session_timeout = 0;
-SET datestyle = 'ISO, YMD';
-SET intervalstyle = 'postgres';
-SET extra_float_digits = 1;
-SET bytea_output = 'hex';
-SET application_name = 'opa-quotes backup'
-"""
+_SESSION: Final = "SET idle_in_transaction_session_timeout = 0; SET application_name = 'opa-quotes backup'"
 # By way of the rollups' views also what they are made of. ACCESS SHARE is what any read takes.
 _LOCK: Final = """
 LOCK TABLE quotes.real_time, quotes.latest, quotes.ohlc_1m, quotes.ohlc_1h, quotes.ohlc_1d IN ACCESS SHARE MODE
@@ -58,10 +50,11 @@ _POSTPONE: Final = f"""
 SELECT alter_job(job_id, next_start => now() + $1) FROM timescaledb_information.jobs job
 WHERE {_BLOCKING} AND scheduled AND coalesce(next_start, now()) < now() + $1
 """
-# The record of backups grows by the very backup that is compared.
+# The record of backups grows by the very backup that is compared, and the revision comes last.
 _TABLES: Final = """
 SELECT format('%I.%I', 'quotes', relname) FROM pg_class
-WHERE relnamespace = 'quotes'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'backups' ORDER BY 1
+WHERE relnamespace = 'quotes'::regnamespace AND relkind IN ('r', 'p') AND relname NOT IN ('backups', 'alembic_version')
+ORDER BY 1
 """
 _CONTENT: Final = "SELECT count(*), coalesce(sum(hashtextextended(r::text, 0)::numeric), 0)::text FROM {} r"
 _JOBS: Final = """
@@ -124,7 +117,6 @@ _GRANTS: Final = (
     "GRANT USAGE ON SCHEMA quotes TO {role}",
     "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA quotes TO {role}",
     _LATER_TABLES,
-    "GRANT SELECT ON public.alembic_version TO {role}",
 )
 # A job runs as its owner, who must own what it works on and be able to log in.
 _LAME_JOBS: Final = """
@@ -315,9 +307,9 @@ async def content(connection: Connection) -> Content:
     community = capability.level >= Level.COMMUNITY
     # Without continuous aggregates bars are views on quotes that were hashed: one that is on all the others will do.
     rollups = ("quotes.ohlc_1m", "quotes.ohlc_1h", "quotes.ohlc_1d") if community else ("quotes.ohlc_1d",)
-    migrated = await connection.fetchval("SELECT to_regclass('public.alembic_version') IS NOT NULL")
+    migrated = await connection.fetchval("SELECT to_regclass('quotes.alembic_version') IS NOT NULL")
     return Content(
-        revision=await connection.fetchval("SELECT version_num FROM public.alembic_version") if migrated else None,
+        revision=await connection.fetchval("SELECT version_num FROM quotes.alembic_version") if migrated else None,
         level=str(capability.level),
         tables={name: await _counted(connection, name) for (name,) in await connection.fetch(_TABLES)},
         bars={name: await _counted(connection, name) for name in rollups},
@@ -480,8 +472,11 @@ class RestoreRepository:
                     f"{owner} cannot log in, which background jobs do as their owner: ALTER ROLE … LOGIN."
                 )
 
-    async def require_timescaledb(self, version: str, *, policies: bool) -> None:
-        """Refuse a server that cannot restore a dump of TimescaleDB of that version; else create the extension."""
+    async def require_timescaledb(self, version: str, schema: str, *, policies: bool) -> None:
+        """Refuse a server that cannot restore a dump of TimescaleDB of that version; else create the extension.
+
+        It has to be in the schema, quoted where it has to be, that the dump has it in: what was dumped names it.
+        """
         installed, loaded, available = await self._connection.fetchrow(_VERSIONS) or (None, False, [])
         if not loaded:
             raise BackupError(f"The dump has TimescaleDB {version}, and this server has not loaded TimescaleDB.")
@@ -497,7 +492,10 @@ class RestoreRepository:
                 " timescaledb_pre_restore() take one. The restored store then belongs to --owner."
             )
         if installed is None:
-            await self._connection.execute(f"CREATE EXTENSION timescaledb VERSION '{version}'")
+            await self._connection.execute(
+                f"CREATE SCHEMA IF NOT EXISTS {schema}; SET search_path = {schema};"
+                f" CREATE EXTENSION timescaledb SCHEMA {schema} VERSION '{version}'"
+            )
         if policies and await self._connection.fetchval("SHOW timescaledb.license") != "timescale":
             raise BackupError(
                 "The dump is of the community edition of TimescaleDB, and this server has the Apache one."

@@ -43,7 +43,8 @@ found AS (
     SELECT needed.name, needed.privileges,
            (SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = needed.name) AS oid
     FROM unnest($1::text[], $2::text[]) AS needed (name, privileges)),
-revision AS (SELECT to_regclass('alembic_version')::oid AS oid)
+revision AS (
+    SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = 'alembic_version')
 SELECT pg_is_in_recovery() AS standby, current_setting('transaction_read_only')::boolean AS read_only,
        (SELECT oid FROM found WHERE name = 'real_time') AS quotes,
        (SELECT array_agg(a.attname::text ORDER BY k.n) FROM pg_index i
@@ -64,11 +65,11 @@ SELECT pg_is_in_recovery() AS standby, current_setting('transaction_read_only'):
              WHERE pronamespace = (SELECT oid FROM schema) AND proname = ANY($3::text[])
                    AND NOT has_function_privilege(oid, 'EXECUTE')
              UNION ALL
-             SELECT 'SELECT on alembic_version' FROM revision WHERE NOT has_table_privilege(oid, 'SELECT')
+             SELECT 'SELECT on quotes.alembic_version' FROM revision WHERE NOT has_table_privilege(oid, 'SELECT')
              UNION ALL
              SELECT 'TEMPORARY on the database'
              WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')) AS lacking,
-       (SELECT oid IS NOT NULL FROM revision) AS migrated
+       EXISTS (SELECT FROM revision) AS migrated
 """
 
 
@@ -118,7 +119,10 @@ SELECT left(encode(sha256(convert_to(concat_ws('.', $1::text, left(pg_walfile_na
            (SELECT oid FROM pg_database WHERE datname = current_database()), $2::oid), 'UTF8')), 'hex'), 16)
 WHERE NOT pg_is_in_recovery()
 """
-_REVISION: Final = "SELECT version_num FROM alembic_version"
+#: Privileges without which the revision cannot be read.
+_NO_SCHEMA: Final = "USAGE on the schema quotes"
+_NO_REVISION: Final = "SELECT on quotes.alembic_version"
+_REVISION: Final = "SELECT version_num FROM quotes.alembic_version"
 _CLOCK: Final = "SELECT clock_timestamp()"
 #: Commits of this role that have waited for a standby for a second, and how long the oldest has.
 _WAITING: Final = """
@@ -204,7 +208,7 @@ class SystemRepository:
             (state,) = await connection.fetch(_STATE, *names)
             quotes, missing, lacking = state["quotes"], tuple(state["missing"]), tuple(state["lacking"])
             chunks = await connection.fetchval(_HYPERTABLE) if quotes and capability.timescaledb else None
-            readable = state["migrated"] and "SELECT on alembic_version" not in lacking
+            readable = state["migrated"] and not {_NO_SCHEMA, _NO_REVISION} & {*lacking}
             revision = await connection.fetchval(_REVISION) if readable else None
             commits, waiting = await connection.fetchrow(_WAITING) or (0, timedelta(0))
             connections = await connection.fetchval(_CONNECTIONS)

@@ -134,7 +134,7 @@ function cleanSession() {
 
 const waiting = []
 let active = null
-let lastProcess = 1000
+let backend = 0 // what pg_backend_pid() says, as any server tells its clients
 
 function serveNext() {
   if (active || !waiting.length) return
@@ -227,7 +227,7 @@ class Client {
     this.socket.write(Buffer.concat([
       frame('R', int32(0)), // no password
       ...reported.map(([name, value]) => frame('S', cstring(name), cstring(value))),
-      frame('K', int32(++lastProcess, 0)),
+      frame('K', int32(backend, 0)),
       frame('Z', Buffer.from('I')),
     ]))
     this.serving = true
@@ -308,6 +308,7 @@ class Client {
 process.stdin.on('end', () => process.exit()).on('error', () => process.exit()).resume()
 
 db = await PGlite.create({ extensions: { timescaledb } })
+backend = Number(select('SELECT pg_backend_pid()')[0][0])
 // PGlite lives in template1 whatever it is asked for: exchange the names.
 await db.exec(`
   CREATE EXTENSION IF NOT EXISTS timescaledb;

@@ -52,6 +52,9 @@ chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was 
 hostile: $(VENV)/dev  ## Attack the service with all that a client can send, and measure what others notice (long)
 	$(BIN)/python -m tests.hostile $(HOSTILEARGS)
 
+matrix: $(VENV)/dev  ## Try settings of servers, databases and roles that others make (MATRIXARGS="--database-url …")
+	$(BIN)/python -m tests.matrix $(MATRIXARGS)
+
 test-long: $(VENV)/dev  ## Run the tests that `make test` leaves out because they take long (minutes)
 	TEST_LONG=1 $(BIN)/python -m pytest -m long $(TESTARGS)
 
@@ -100,4 +103,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test test-long chaos hostile trades check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean
+.PHONY: help serve demo test test-long chaos hostile matrix trades check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean

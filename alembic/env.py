@@ -11,7 +11,7 @@ from alembic import context
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db import embedded, failures, sessions
+from app.db import embedded, failures, needs, sessions
 from app.db.capability import DETECT, HALF_RESTORED, IS_UNRELEASED, REQUIRED, UNRELEASED_STORE, Capability
 from app.db.facts import Facts, shown
 from app.db.hosts import find_primary, hosts_of
@@ -203,6 +203,11 @@ def _run(connection: Connection) -> None:
             )
         if connection.execute(text(BLIND)).scalar_one():
             _require_rights(connection)
+        restoring = connection.execute(
+            text("SELECT current_setting(:name, true)"), {"name": needs.RESTORING}
+        ).scalar_one()
+        if fault := needs.unfit(needs.Server({needs.RESTORING: restoring or "off"})):
+            raise StartupError(fault)
         _refuse_unreleased(connection)
         _adopt(connection)
         revision = _revision(connection)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from app import __version__, metrics, workers
 from app.clock import rfc3339
+from app.db import needs
 from app.db.capability import OLDEST_TIMESCALEDB, POSTGRESQL, REQUIRED, TIMESCALEDB, Level, named, release
 from app.db.migrate import known, newer_schema
 from app.errors import QuotesError
@@ -105,6 +106,7 @@ class Health:
         self._head = head
         self._last: tuple[float, Report] | None = None
         self._differences = ""
+        self._overridden = ""
         self._looking: asyncio.Task[Report] | None = None
         self._left: set[asyncio.Task[Observation]] = set()
 
@@ -153,7 +155,7 @@ class Health:
             look.exception()
 
     def _note_differences(self, seen: Observation) -> None:
-        """Where the store has other settings than this process was told; logged once each time that changes."""
+        """Where store and server have other settings than this process; logged once each time that changes."""
         found = [] if seen.facts is None else seen.facts.differences(self._settings)
         metrics.SETTINGS_DIFFER.set(len(found))
         told = "; ".join(map(str, found))
@@ -161,10 +163,16 @@ class Health:
         if told and told != self._differences:
             log.warning("settings differ from those of the store", reason=told)
         self._differences = told
+        overridden = needs.overridden(seen.server, self._settings)
+        if overridden and overridden != self._overridden:
+            log.info("settings of the server are not what sessions have", reason=overridden)
+        self._overridden = overridden
 
     def _database(self, seen: Observation, latency: float) -> Check:
         remarks = [f"Answers, but took {latency:.1f} s."] if latency > _SLOW else []
+        jobs = seen.capability.level >= Level.COMMUNITY
         remarks += _divided(seen) + self._too_few(seen)
+        remarks += needs.harmful(seen.server, self._settings, workers.number(), jobs=jobs)
         if seen.capability.postgresql_major > POSTGRESQL[1]:
             remarks.append(f"PostgreSQL {seen.capability.postgresql} is newer than what is tested.")
         status: Status = "degraded" if remarks else "healthy"
@@ -184,6 +192,8 @@ class Health:
             status = "unhealthy"
             remarks = grave + remarks
         detail = " ".join(remarks) or "Answers."
+        if self._overridden:
+            detail += f" {self._overridden}"
         found, milliseconds = seen.capability.postgresql, round(1000 * latency, 2)
         return Check("database", status, detail, found, _RELEASES, milliseconds, difference)
 
@@ -280,6 +290,7 @@ def _grave(seen: Observation) -> list[str]:
         found.append("It is a standby, which takes no quotes: the URL has to lead to the primary.")
     elif seen.read_only:
         found.append("It is read-only for this role: see default_transaction_read_only.")
+    found += filter(None, (seen.encoding, needs.unfit(seen.server)))
     if seen.lacking:
         found.append(f"The role lacks {', '.join(seen.lacking)}: see the page on deployment.")
     if seen.full:

@@ -50,7 +50,10 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
         "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
         "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
         "53100": (DatabaseUnavailable, "The volume of the database is full."),
-        "25006": (DatabaseUnavailable, "The database is read-only."),
+        "25006": (
+            DatabaseUnavailable,
+            "The database is read-only: it is a standby, or default_transaction_read_only is on, and off is needed.",
+        ),
         "40": (DatabaseUnavailable, "Other transactions were in the way."),
         "28P01": (DatabaseMisconfigured, f"The server refuses the password in {_URL}, or its user."),
         "28": (

@@ -7,17 +7,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Final
 
 import asyncpg
 
+from app.db import needs
 from app.db.capability import DETECT, Capability, Level
 from app.db.engine import Connection, Database
 from app.db.facts import FACTS, Facts
 from app.db.hosts import Writable
+from app.db.sessions import encoding_fault
 from app.errors import SchemaMismatch
 from app.quote.fields import COLUMNS, KEY, NANOS, VALUES
 from app.repository.rollups import ROLLUPS
@@ -122,6 +124,21 @@ WHERE NOT pg_is_in_recovery()
 #: Privileges without which the revision cannot be read.
 _NO_SCHEMA: Final = "USAGE on the schema quotes"
 _NO_REVISION: Final = "SELECT on quotes.alembic_version"
+# As the administrator has them: what this session has set for itself is in `setting`.
+_SETTINGS: Final = "SELECT name, reset_val FROM pg_settings WHERE name = ANY($1::text[])"
+#: What a statement over all quotes locks.
+_RELATIONS: Final = """
+SELECT (SELECT count(*) FROM pg_inherits WHERE inhparent = $1)
+     + (SELECT count(*) FROM pg_inherits JOIN pg_index ON indrelid = inhrelid WHERE inhparent = $1)
+"""
+#: A chunk of the columnstore has another table with an index.
+_COMPRESSED: Final = """
+SELECT 2 * count(*) FROM _timescaledb_catalog.chunk JOIN _timescaledb_catalog.hypertable h ON h.id = hypertable_id
+WHERE h.schema_name = 'quotes' AND h.table_name = 'real_time' AND chunk.status & 1 = 1
+"""
+_NAMES: Final = """
+SELECT quote_ident(pg_get_userbyid(relowner)), quote_ident(current_database()) FROM pg_class WHERE oid = $1
+"""
 _REVISION: Final = "SELECT version_num FROM quotes.alembic_version"
 _CLOCK: Final = "SELECT clock_timestamp()"
 #: Commits of this role that have waited for a standby for a second, and how long the oldest has.
@@ -156,8 +173,9 @@ class Observation:
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `commits_waiting` how many have waited for a second.
     `damaged` is how long ago the server reported an error of its own; `connections` is how many the server has for this
-    role; `facts` are the settings of the store. `store` is another text wherever quotes that were acknowledged may not
-    be there; None without a table, or on a standby.
+    role, `server` its settings that matter, `encoding` why not every text can be stored; `facts` are the settings of the
+    store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or on
+    a standby.
     """
 
     capability: Capability
@@ -181,6 +199,8 @@ class Observation:
     refusal: str | None = None
     connections: int | None = None
     commits_waiting: int = 0
+    server: needs.Server = field(default_factory=needs.Server)
+    encoding: str | None = None
 
 
 class SystemRepository:
@@ -199,6 +219,7 @@ class SystemRepository:
         """
         database = self._database
         async with database.probed(timeout) as connection:
+            await database.require_own(connection)
             if server := await database.identify(connection):
                 database.notice(server)
             clock = await self._difference(connection)
@@ -211,6 +232,7 @@ class SystemRepository:
             readable = state["migrated"] and not {_NO_SCHEMA, _NO_REVISION} & {*lacking}
             revision = await connection.fetchval(_REVISION) if readable else None
             commits, waiting = await connection.fetchrow(_WAITING) or (0, timedelta(0))
+            server_settings = await _needs(connection, capability, quotes)
             connections = await connection.fetchval(_CONNECTIONS)
             identifier = None if server is None else server.control.system
             store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
@@ -251,6 +273,8 @@ class SystemRepository:
             None if database.refusal is None else database.refusal[1],
             connections,
             commits,
+            server_settings,
+            encoding_fault(connection),
         )
 
     async def _write(self, connection: Connection) -> None:
@@ -266,6 +290,17 @@ class SystemRepository:
         answered = self._clock()
         within = (answered - asked) / 2
         return ClockDifference((asked + within - there).total_seconds(), abs(within.total_seconds()))
+
+
+async def _needs(connection: Connection, capability: Capability, quotes: int | None) -> needs.Server:
+    settings = {row[0]: row[1] for row in await connection.fetch(_SETTINGS, list(needs.NAMES))}
+    if quotes is None:
+        return needs.Server(settings)
+    relations = await connection.fetchval(_RELATIONS, quotes)
+    if capability.timescaledb is not None:
+        relations += await connection.fetchval(_COMPRESSED)
+    owner, database = await connection.fetchrow(_NAMES, quotes) or ("", "")
+    return needs.Server(settings, relations, capability.postgresql_major, owner, database)
 
 
 async def _flaw(connection: Connection) -> str | None:

@@ -1,0 +1,1 @@
+"""The service on servers, databases and roles that others have set up: `make matrix`."""

@@ -1,0 +1,121 @@
+"""The short half of `make matrix`, and what health makes of the settings of a server."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from app.db import needs
+from app.db.capability import Level
+from app.db.embedded import embedded_postgres
+from app.db.engine import Database
+from app.db.failures import translate
+from app.repository.quotes import QuoteRepository
+from app.repository.system import SystemRepository
+from app.settings import Settings
+from tests.conftest import EXTERNAL_URL, Lane
+from tests.matrix.cases import CASES, Case
+from tests.matrix.trying import Server, run
+
+
+def named(*names: str) -> Sequence[Case]:
+    found = [case for case in CASES if case.name in names]
+    assert len(found) == len(names)
+    return found
+
+
+async def test_what_others_set_is_served_right_or_refused_by_a_sentence(shared_dir: Path) -> None:
+    cases = named(
+        "all that sessions set", "LATIN1", "default_transaction_read_only = on", "another application's revision r7",
+        "a role that owns its schema only", "a role without CREATE", "fsync = off",
+    )  # fmt: skip
+    async with embedded_postgres(shared_dir / "matrix") as url:
+        report = await run(Server(url, own=True), cases, "short")
+    assert not report.broken, report
+    assert not [name for name, outcome in report.figures.items() if outcome.startswith("skipped")]
+
+
+@pytest.mark.skipif(not EXTERNAL_URL, reason="TEST_DATABASE_URL is not set")
+async def test_a_server_with_timescaledb_too() -> None:
+    cases = named("all that sessions set", "TimescaleDB in another schema", "timescaledb.restoring = on",
+                  "a role that owns its schema only")  # fmt: skip
+    report = await run(Server(EXTERNAL_URL, own=False), cases, "short")
+    assert not report.broken, report
+
+
+@pytest.mark.concurrent  # the WebAssembly server shows no locks
+async def test_relations_are_those_that_a_statement_over_all_quotes_locks(
+    lane: Lane, database: Database, quotes: QuoteRepository, symbol: str
+) -> None:
+    days = [datetime.now(UTC) - timedelta(days=day) for day in range(7)]  # before any job compresses them
+    await quotes.bulk_insert([{"symbol": symbol, "timestamp": day, "price": 1} for day in days])
+    seen = await SystemRepository(database).observe(5)
+    async with database.acquire() as connection, connection.transaction():
+        await connection.fetchval("SELECT count(*) FROM quotes.real_time WHERE symbol <> 'none'")
+        held = await connection.fetchval(
+            "SELECT count(*) FROM pg_locks JOIN pg_class ON pg_class.oid = relation WHERE pid = pg_backend_pid()"
+            " AND relnamespace = to_regnamespace('_timescaledb_internal')"
+        )
+    if seen.capability.level < Level.APACHE:
+        assert (held, seen.server.relations) == (0, 0)
+    else:
+        assert held >= 2 * len(days)
+        assert held <= seen.server.relations <= held + seen.server.relations // 3
+
+
+def server(each: int, relations: int, major: int = 17, **settings: str) -> needs.Server:
+    given = {"max_locks_per_transaction": str(each), "max_connections": "100", "max_prepared_transactions": "0"}
+    return needs.Server(given | settings, relations, major, "quotes_owner", "quotes")
+
+
+SETTINGS = Settings(_env_file=None)
+
+
+@pytest.mark.parametrize(
+    ("each", "relations", "processes", "major", "enough"),
+    [
+        (64, 3 * 360, 1, 17, 192),
+        (64, 3 * 100, 1, 17, None),
+        (192, 3 * 360, 1, 17, None),
+        (512, 5 * 730, 1, 17, 576),
+        (512, 5 * 730, 1, 18, None),
+        (512, 5 * 730, 4, 18, 1088),
+        (64, 0, 64, 17, None),
+    ],
+)
+def test_locks_are_compared_with_what_chunks_and_connections_may_need(
+    each: int, relations: int, processes: int, major: int, enough: int | None
+) -> None:
+    told = needs.harmful(server(each, relations, major), SETTINGS, processes, jobs=False)
+    if enough is None:
+        assert told == []
+        return
+    (sentence,) = told
+    assert sentence.startswith(f"max_locks_per_transaction is {each}, ")
+    assert sentence.endswith(f"set it to {enough} or more.")
+    assert needs.harmful(server(enough, relations, major), SETTINGS, processes, jobs=False) == []
+
+
+def test_timeouts_harm_jobs_and_nothing_else() -> None:
+    short = server(64, 0, transaction_timeout="5000", lock_timeout="100", statement_timeout="5000")
+    told = needs.harmful(short, SETTINGS, 1, jobs=True)
+    assert [sentence.split()[0] for sentence in told] == ["transaction_timeout", "lock_timeout"]
+    assert told[0].endswith("ALTER ROLE quotes_owner IN DATABASE quotes SET transaction_timeout = 0.")
+    assert needs.harmful(short, SETTINGS, 1, jobs=False) == []
+    assert "statement_timeout is 5000 ms" in needs.overridden(short, SETTINGS)
+    long = server(64, 0, statement_timeout="60000", idle_in_transaction_session_timeout="60000")
+    assert needs.overridden(long, SETTINGS) == ""
+
+
+def test_no_room_for_a_lock_is_told_from_no_memory() -> None:
+    error = asyncpg.OutOfMemoryError("out of shared memory")
+    plain = translate(error)
+    error.hint = 'You might need to increase "max_locks_per_transaction".'
+    locks = translate(error)
+    assert plain is not None
+    assert locks is not None
+    assert "max_locks_per_transaction" in locks.detail
+    assert "max_locks_per_transaction" not in plain.detail
+    assert (locks.status, locks.retry_after) == (503, 1.0)

@@ -23,19 +23,21 @@ $(VENV)/dev: requirements-dev.lock pyproject.toml | $(VENV)/created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@ $(VENV)/runtime
 
-# What the tests of monitoring run, from Debian's packages where the machine has not got it: unpacked, because installing
-# would start daemons. Without apt, or where it fails, those tests say that they were skipped.
-DEBIAN_PROGRAMS := prometheus promtool prometheus-alertmanager amtool prometheus-postgres-exporter
-DEBIAN_PACKAGES := prometheus prometheus-alertmanager prometheus-postgres-exporter
+# What the tests of monitoring and of poolers run, from Debian's packages where the machine has not got it: unpacked,
+# because installing would start daemons. Without apt, or where it fails, those tests say that they were skipped.
+$(VENV)/prometheus: PROGRAMS := prometheus promtool prometheus-alertmanager amtool prometheus-postgres-exporter
+$(VENV)/prometheus: PACKAGES := prometheus prometheus-alertmanager prometheus-postgres-exporter
+$(VENV)/pgbouncer: PROGRAMS := pgbouncer
+$(VENV)/pgbouncer: PACKAGES := pgbouncer libc-ares2
 
-$(VENV)/prometheus: | $(VENV)/created
+$(VENV)/prometheus $(VENV)/pgbouncer: | $(VENV)/created
 	@rm -rf $@.new && mkdir -p $@.new
-	@missing=; for program in $(DEBIAN_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+	@missing=; for program in $(PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
 	if [ -z "$$missing" ] || { cd $@.new && \
-	    { apt-get download $(DEBIAN_PACKAGES) || { apt-get update && apt-get download $(DEBIAN_PACKAGES); }; } && \
+	    { apt-get download $(PACKAGES) || { apt-get update && apt-get download $(PACKAGES); }; } && \
 	    for package in *.deb; do dpkg --extract $$package . || exit 1; done && rm -- *.deb; } >$(abspath $@).log 2>&1; \
 	then mv $(abspath $@).new $(abspath $@); \
-	else echo "Prometheus cannot be had from apt here, see $@.log: tests of monitoring are skipped."; fi
+	else echo "$(notdir $@) cannot be had from apt here, see $@.log: its tests are skipped."; fi
 
 serve: $(VENV)/runtime  ## Run the service (PORT=8000) on the embedded database, or on QUOTES_DATABASE_URL
 	$(BIN)/python -m app serve --port $(PORT)
@@ -43,7 +45,7 @@ serve: $(VENV)/runtime  ## Run the service (PORT=8000) on the embedded database,
 demo: $(VENV)/runtime  ## Feed a believable market into the service that runs on PORT
 	$(BIN)/python -m app demo --url http://127.0.0.1:$(PORT)
 
-test: $(VENV)/dev $(VENV)/prometheus  ## Run all tests, on every lane that this machine has
+test: $(VENV)/dev $(VENV)/prometheus $(VENV)/pgbouncer  ## Run all tests, on every lane that this machine has
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(TESTARGS)
 
 chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was acknowledged with what is stored (long)
@@ -52,7 +54,7 @@ chaos: $(VENV)/dev  ## Kill, freeze and repeat under load, and compare what was 
 hostile: $(VENV)/dev  ## Attack the service with all that a client can send, and measure what others notice (long)
 	$(BIN)/python -m tests.hostile $(HOSTILEARGS)
 
-matrix: $(VENV)/dev  ## Try settings of servers, databases and roles that others make (MATRIXARGS="--database-url …")
+matrix: $(VENV)/dev $(VENV)/pgbouncer  ## Try settings of servers, databases and roles that others make (MATRIXARGS="--database-url …")
 	$(BIN)/python -m tests.matrix $(MATRIXARGS)
 
 test-long: $(VENV)/dev  ## Run the tests that `make test` leaves out because they take long (minutes)

@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     pool_size: int = Field(
         default=10,
         ge=0,
-        description="Connections kept open. 0 opens one per operation, for a transaction pooler in front.",
+        description="Connections kept open. 0 opens one per operation, for a pooler with few sessions in front.",
     )
     pool_overflow: int = Field(default=20, ge=0, description="Connections opened above `pool_size` under load.")
     pool_timeout: Duration = Field(

@@ -1,6 +1,8 @@
 """The short half of `make matrix`, and what health makes of the settings of a server."""
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import pytest
 from app.db import needs
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
-from app.db.engine import Database
+from app.db.engine import Connection, Database
 from app.db.failures import translate
+from app.errors import DatabaseMisconfigured
 from app.repository.quotes import QuoteRepository
 from app.repository.system import SystemRepository
 from app.settings import Settings
 from tests.conftest import EXTERNAL_URL, Lane
 from tests.matrix.cases import CASES, Case
-from tests.matrix.trying import Server, run
+from tests.matrix.trying import Server, pooled, run
+from tests.pooler import pgbouncer, program
 
 
 def named(*names: str) -> Sequence[Case]:
@@ -43,6 +47,40 @@ async def test_a_server_with_timescaledb_too() -> None:
                   "a role that owns its schema only")  # fmt: skip
     report = await run(Server(EXTERNAL_URL, own=False), cases, "short")
     assert not report.broken, report
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
+async def test_pgbouncer_has_to_keep_sessions_apart(shared_dir: Path, mode: str) -> None:
+    program()
+    directory = shared_dir / f"pooled-{mode}"
+    directory.mkdir()
+    async with embedded_postgres(shared_dir / "matrix") as url:
+        report = await pooled(Server(url, own=True), directory, mode)
+    assert not report.broken, report
+
+
+async def test_a_pooler_that_others_use_is_found_out_too(shared_dir: Path) -> None:
+    """Then a session that is given back is seldom the next that is taken."""
+    async with embedded_postgres(shared_dir / "matrix") as url, AsyncExitStack() as stack:
+        through = stack.enter_context(pgbouncer(shared_dir / "crowded", url, "transaction", size=8))
+        others = [await asyncpg.connect(through, statement_cache_size=0) for _ in range(6)]
+
+        async def use(connection: Connection) -> None:
+            while True:
+                await connection.execute("SELECT pg_sleep(0.002)")
+
+        tasks = [asyncio.create_task(use(connection)) for connection in others]
+        try:
+            database = Database(through, Settings(_env_file=None, pool_size=1))
+            with pytest.raises(DatabaseMisconfigured, match="pool_mode = session is needed"):
+                await database.connect()
+            await database.close()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for connection in others:
+                connection.terminate()
 
 
 @pytest.mark.concurrent  # the WebAssembly server shows no locks

@@ -126,6 +126,7 @@ class Database:
         self._turns = Turns(most, kept) if settings.pool_size else None
         #: Reads that may run at once.
         self.readable = max(most - kept, 1)
+        self._own = False  # whether sessions are known to be nobody else's
         #: What the last probe left open, for one that the server has no connection to spare for.
         self._probe: Connection | None = None
         self._in_use = metrics.POOL_IN_USE.labels(role)
@@ -328,7 +329,9 @@ class Database:
         Raises:
             DatabaseMisconfigured: there is one.
         """
-        await sessions.require_own(connection, self.open)
+        if not self._own:
+            await sessions.require_own(connection, self.open)
+            self._own = True
 
     async def identify(self, connection: Connection) -> hosts.Server | None:
         """What the server says of itself; None if it is one that does not."""

@@ -60,8 +60,8 @@ set_config('search_path', coalesce((SELECT quote_ident(nspname) FROM pg_extensio
 """
 #: Longest run of a statement of whoever does not say.
 _STATEMENT: Final = timedelta(minutes=1)
-#: Looks at whether a pooler gives sessions to others; while others use it, one may miss.
-_LOOKS: Final = 5
+#: Looks at whether a pooler gives sessions to others: while others use it, three of four may miss.
+_LOOKS: Final = 40
 #: Longest wait for a second session: a pooler that keeps sessions apart may have none to spare.
 _SECOND: Final = 1.0
 UTF8: Final = "UTF8"
@@ -114,11 +114,12 @@ async def require_own(connection: Connection, another: Callable[[], Awaitable[Co
             other = await another()
             try:
                 for _ in range(_LOOKS):
-                    async with other.transaction():
-                        theirs = await other.fetchval(_SESSION)
+                    theirs = await other.fetchval(_SESSION)
                     ours.add(await connection.fetchval(_SESSION))
                     if len(ours) > 1 or theirs in ours:
                         raise DatabaseMisconfigured(_SHARED)
+            except (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError):
+                raise DatabaseMisconfigured(_SHARED) from None  # what one session had prepared was not in the next
             finally:
                 other.terminate()
 

@@ -55,8 +55,7 @@ _KEY: Final = ", ".join(KEY)
 _PLACE: Final = f"timestamp, {NANOS}"
 
 #: Rows on their way to be merged, with the place of their request in the flush and their own in the request. It is
-#: made once a session; behind a transaction pooler any session may be the next, one of another version too, so that its
-#: name changes with its columns.
+#: made once a session; a pooler may hand on a session of another version, so that its name changes with its columns.
 _STAGE_NAME: Final = f"staged_{zlib.crc32(','.join(COLUMNS.names).encode()):08x}"
 _STAGE: Final = f"""
 SET LOCAL client_min_messages = warning;

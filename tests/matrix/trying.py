@@ -6,6 +6,7 @@ import string
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -19,6 +20,7 @@ from app.settings import Settings
 from tests.chaos.reporting import Report
 from tests.conftest import running
 from tests.matrix.cases import Case
+from tests.pooler import pgbouncer
 
 _TOKEN: Final = {"authorization": "Bearer matrix"}
 _DAY: Final = {"symbols": "A,B/C", "start": "2026-11-16", "end": "2026-11-17"}
@@ -188,11 +190,12 @@ class Server:
         plain = await self.plain()
         async with self.prepared(case) as (url, names):
             outcome = await serve(settings_of(url))
-            await self._judge(case, outcome, plain, names, report)
+            await self.judge(case, outcome, plain, names, report)
 
-    async def _judge(
+    async def judge(
         self, case: Case, outcome: Outcome, plain: list[Any], names: dict[str, str], report: Report
     ) -> None:
+        """Note what came of a case."""
         for wrong in outcome.wrong:
             report.require(False, f"{case.name}: {wrong}")
         if outcome.refusal or case.refused:
@@ -230,6 +233,23 @@ async def _disown(url: str, role: str) -> None:
     connection = await asyncpg.connect(url)
     await connection.execute(f"DROP OWNED BY {role} CASCADE")
     await connection.close()
+
+
+async def pooled(server: Server, directory: Path, mode: str) -> Report:
+    """The service by way of PgBouncer, with a pool of its own and with a connection for each operation."""
+    await server.look()
+    report = Report(f"PgBouncer, pool_mode = {mode}")
+    plain = await server.plain()
+    for size in (10, 0):
+        case = Case(
+            f"QUOTES_POOL_SIZE = {size}",
+            refused=() if mode == "session" else (mode, "pool_mode = session is needed"),
+        )
+        async with server.prepared(case) as (url, names):
+            with pgbouncer(directory / f"pgbouncer-{mode}-{size}", url, mode) as through:
+                outcome = await serve(settings_of(through, pool_size=size))
+            await server.judge(case, outcome, plain, names, report)
+    return report
 
 
 async def run(server: Server, cases: Sequence[Case], name: str) -> Report:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from app import __version__, cli, errors
 from app.api.ingest import IngestQuery
+from app.db.needs import NAMES as NEEDED
+from app.db.sessions import LATER, SETTINGS
 from app.formats import FORMATS
 from app.main import create_app
 from app.metrics import REGISTRY
@@ -77,6 +79,13 @@ def test_every_503_and_every_part_of_chaos_and_of_hostile_is_in_the_promises() -
     assert named >= {*PARTS, *ATTACKS}
     for file in re.findall(r"`(tests/\w+\.py)`", promises):
         assert (ROOT / file).exists(), file
+
+
+def test_every_setting_of_the_server_that_matters_is_in_the_table() -> None:
+    table = (ROOT / "docs/deployment.md").read_text().partition("### Server settings")[2].partition("### Poolers")[0]
+    named = {name for row in table.splitlines() if row.startswith("|") for name in re.findall(r"`([\w.]+)`", row)}
+    later = {name for settings in LATER.values() for name in settings}
+    assert named >= {*NEEDED, *SETTINGS, *later, "synchronous_commit", "search_path"}
 
 
 def _documented(opening: str) -> list[str]:

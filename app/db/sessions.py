@@ -19,7 +19,7 @@ from app.errors import DatabaseMisconfigured, StartupError
 Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 #: The driver itself asks for UTF8 as the encoding of the client.
-_SETTINGS: Final = {
+SETTINGS: Final = {
     # Retries, locks and upserts are made for it; a stricter level fails writes that meet.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
@@ -48,7 +48,7 @@ _SETTINGS: Final = {
     "random_page_cost": "1.1",
 }
 #: Settings of later releases, by the first that has them.
-_LATER: Final = {17: {"transaction_timeout": "0"}}
+LATER: Final = {17: {"transaction_timeout": "0"}}
 # Names are qualified but for TimescaleDB's functions, which are looked for where the extension is. What flushes to the
 # local disk is left as it is: `remote_apply` promises more than `on`.
 _OF_THE_SERVER: Final = """
@@ -70,8 +70,8 @@ UTF8: Final = "UTF8"
 async def prepare(connection: Connection, timeout: float, statement_timeout: timedelta | None = None) -> None:
     """Set a session, in one round trip; the driver's exceptions come as they are."""
     major = connection.get_server_version().major
-    wanted = _SETTINGS | {"statement_timeout": f"{(statement_timeout or _STATEMENT).total_seconds() * 1000:.0f}"}
-    for first, settings in _LATER.items():
+    wanted = SETTINGS | {"statement_timeout": f"{(statement_timeout or _STATEMENT).total_seconds() * 1000:.0f}"}
+    for first, settings in LATER.items():
         wanted |= settings if major >= first else {}
     calls = "".join(f"set_config('{name}', '{value}', false), " for name, value in wanted.items())
     await connection.execute(f"SET search_path = pg_catalog; SELECT {calls}{_OF_THE_SERVER}", timeout=timeout)

@@ -6,11 +6,11 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pytest
 
@@ -31,6 +31,15 @@ def program() -> str:
     return found
 
 
+def has_ipv6() -> bool:
+    """Whether this machine has the loopback of IPv6."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 def _wait_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
     deadline = time.monotonic() + 10
     while True:
@@ -44,8 +53,16 @@ def _wait_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) ->
 
 
 @contextmanager
-def pgbouncer(directory: Path, url: str, mode: str, size: int = 40) -> Iterator[str]:
-    """The URL of a database by way of PgBouncer, of which a user has so many sessions."""
+def pgbouncer(
+    directory: Path,
+    url: str,
+    mode: str,
+    *,
+    size: int = 40,
+    password: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """The URL of a database by way of PgBouncer, of which a user has so many sessions and perhaps a password."""
     command = program()
     directory.mkdir()
     directory.chmod(0o777)  # it runs as another user where this is root's
@@ -54,19 +71,21 @@ def pgbouncer(directory: Path, url: str, mode: str, size: int = 40) -> Iterator[
     user = unquote(parts.username or "postgres")
     host, port = query.get("host") or parts.hostname or "localhost", query.get("port") or parts.port or 5432
     listen = free_port()
-    (directory / "users.txt").write_text(f'"{user}" ""\n')
+    quoted = password.replace('"', '""')
+    (directory / "users.txt").write_text(f'"{user}" "{quoted}"\n')
+    more = "".join(f"{name} = {value}\n" for name, value in (options or {}).items())
     (directory / "pgbouncer.ini").write_text(f"""\
 [databases]
 * = host={host} port={port}
 [pgbouncer]
-listen_addr = 127.0.0.1
+listen_addr = {"127.0.0.1,::1" if has_ipv6() else "127.0.0.1"}
 listen_port = {listen}
 unix_socket_dir =
-auth_type = trust
+auth_type = {"scram-sha-256" if password else "trust"}
 auth_file = {directory / "users.txt"}
 pool_mode = {mode}
 default_pool_size = {size}
-""")
+{more}""")
     libraries = os.pathsep.join(map(str, (UNPACKED / "lib").glob("*")))
     # It does not run as root: as whoever may enter the directory of the server's socket, or as nobody.
     owner = Path(host).stat().st_uid if str(host).startswith("/") else pwd.getpwnam("nobody").pw_uid
@@ -80,7 +99,8 @@ default_pool_size = {size}
         )
     try:
         _wait_listening(process, listen, directory / "log")
-        yield f"postgresql://{user}@127.0.0.1:{listen}{parts.path}"
+        secret = f":{quote(password, safe='')}" if password else ""
+        yield f"postgresql://{user}{secret}@127.0.0.1:{listen}{parts.path}"
     finally:
         process.terminate()
         process.wait(10)

@@ -1,10 +1,14 @@
 """The short half of `make matrix`, and what health makes of the settings of a server."""
 
 import asyncio
+import shutil
+import string
+import subprocess
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -14,14 +18,15 @@ from app.db.capability import Level
 from app.db.embedded import embedded_postgres
 from app.db.engine import Connection, Database
 from app.db.failures import translate
-from app.errors import DatabaseMisconfigured
+from app.errors import DatabaseMisconfigured, DatabaseUnavailable
 from app.repository.quotes import QuoteRepository
 from app.repository.system import SystemRepository
 from app.settings import Settings
+from tests.chaos.reporting import Report
 from tests.conftest import EXTERNAL_URL, Lane
 from tests.matrix.cases import CASES, Case
-from tests.matrix.trying import Server, pooled, run
-from tests.pooler import pgbouncer, program
+from tests.matrix.trying import Server, pooled, run, serve, settings_of
+from tests.pooler import has_ipv6, pgbouncer, program
 
 
 def named(*names: str) -> Sequence[Case]:
@@ -49,14 +54,63 @@ async def test_a_server_with_timescaledb_too() -> None:
     assert not report.broken, report
 
 
-@pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
-async def test_pgbouncer_has_to_keep_sessions_apart(shared_dir: Path, mode: str) -> None:
+async def test_pgbouncer_has_to_keep_sessions_apart(shared_dir: Path) -> None:
     program()
-    directory = shared_dir / f"pooled-{mode}"
+    directory = shared_dir / "pooled"
     directory.mkdir()
     async with embedded_postgres(shared_dir / "matrix") as url:
-        report = await pooled(Server(url, own=True), directory, mode)
-    assert not report.broken, report
+        server = Server(url, own=True)
+        for mode in ("session", "transaction", "statement"):
+            report = await pooled(server, directory, mode)
+            assert not report.broken, report
+
+
+def certified(directory: Path) -> tuple[Path, Path]:
+    """A certificate of the loopback's addresses, and its key; skips where there is nothing to make one."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    certificate, key = directory / "server.crt", directory / "server.key"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=managed",
+         "-addext", "subjectAltName=IP:127.0.0.1,IP:::1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    key.chmod(0o644)  # read by another user, and of nothing
+    return certificate, key
+
+
+async def test_manners_of_a_managed_server(shared_dir: Path) -> None:
+    """No superuser, TLS with a certificate that is checked, a password of all that is special, IPv6, several hosts."""
+    program()
+    directory = shared_dir / "managed"
+    directory.mkdir(mode=0o755)
+    certificate, key = certified(directory)
+    tls = {"client_tls_sslmode": "require", "client_tls_key_file": str(key), "client_tls_cert_file": str(certificate)}
+    password = string.punctuation + " é€"
+    case = Case("managed", role=True, before=("CREATE SCHEMA quotes AUTHORIZATION {role}",))
+    async with embedded_postgres(shared_dir / "matrix") as url, AsyncExitStack() as stack:
+        server = Server(url, own=True)
+        inside, names = await stack.enter_async_context(server.prepared(case))
+        through = stack.enter_context(
+            pgbouncer(directory / "pooler", inside, "session", password=password, options=tls)
+        )
+        auth, _, rest = through.rpartition("@")
+        port = rest.partition("/")[0].rpartition(":")[2]
+        hosts = [f"127.0.0.1:{port}"] + ([f"[::1]:{port}"] if has_ipv6() else [])
+        checked = f"/{names['database']}?sslmode=verify-full&sslrootcert={certificate}"
+        report = Report("managed")
+        outcome = await serve(settings_of(f"{auth}@{','.join(hosts)}{checked}"))
+        await server.judge(case, outcome, await server.plain(), names, report)
+        assert not report.broken, report
+        for host in hosts:
+            database = Database(f"{auth}@{host}{checked}", Settings(_env_file=None))
+            await database.connect()
+            await database.close()
+        wrong = auth.rpartition(":")[0] + ":" + quote(password[:-1], safe="")
+        for refused in (f"{wrong}@{hosts[0]}{checked}", f"{auth}@{hosts[0]}/{names['database']}?sslmode=disable"):
+            with pytest.raises(DatabaseUnavailable):
+                await Database(refused, Settings(_env_file=None)).connect()
 
 
 async def test_a_pooler_that_others_use_is_found_out_too(shared_dir: Path) -> None:

@@ -188,7 +188,7 @@ async def test_a_read_that_fails_on_the_standby_runs_on_the_primary(pair: Pair) 
         standby: bool = await connection.fetchval(WHERE)
         began.set()
         if standby:
-            await connection.fetchval("SELECT count(pg_sleep(4)) FROM held")
+            await connection.fetchval("SELECT count(pg_sleep(4)) FROM public.held")
         return standby
 
     async with connected(pair.primary) as primary:
@@ -224,9 +224,9 @@ async def test_a_read_that_fails_on_the_standby_runs_on_the_primary(pair: Pair) 
         # A table that the standby does not have yet.
         await standby.execute("SELECT pg_wal_replay_pause()")
         await primary.execute("CREATE TABLE fresh AS SELECT 1 AS n")
-        assert await database.read(lambda connection: connection.fetchval("SELECT n FROM fresh")) == 1
+        assert await database.read(lambda connection: connection.fetchval("SELECT n FROM public.fresh")) == 1
         # A write by mistake is refused there, and done where it can be.
-        await database.read(lambda connection: connection.execute("UPDATE fresh SET n = 2"))
+        await database.read(lambda connection: connection.execute("UPDATE public.fresh SET n = 2"))
         assert await primary.fetchval("SELECT n FROM fresh") == 2
         await standby.execute("SELECT pg_wal_replay_resume()")
 
@@ -271,10 +271,10 @@ async def test_a_pool_on_a_server_that_became_read_only_is_renewed(pair: Pair) -
             await connection.execute("SET default_transaction_read_only = on")
         with pytest.raises(Exception, match="read-only"):
             async with database.acquire() as connection:
-                await connection.execute("CREATE TABLE refused (n int)")
+                await connection.execute("CREATE TABLE public.refused (n int)")
         async with database.acquire() as connection:
             assert connection.get_server_pid() != pid
-            await connection.execute("CREATE TABLE taken (n int)")
+            await connection.execute("CREATE TABLE public.taken (n int)")
         gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
         await within(5, lambda: primary.fetchval(gone, pid))
 

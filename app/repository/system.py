@@ -173,9 +173,9 @@ class Observation:
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `commits_waiting` how many have waited for a second.
     `damaged` is how long ago the server reported an error of its own; `connections` is how many the server has for this
-    role, `server` its settings that matter, `encoding` why not every text can be stored; `facts` are the settings of the
-    store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or on
-    a standby.
+    role, `server` its settings that matter, `encoding` why not every text can be stored; `facts` are the settings of
+    the store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or
+    on a standby.
     """
 
     capability: Capability

@@ -306,7 +306,8 @@ async def test_a_store_without_settings_takes_no_late_quotes(lane: Lane, empty_u
 
 @pytest.mark.parametrize("state", ["40P01", "40001"])
 @pytest.mark.parametrize("victim", [2, 3])
-async def test_a_victim_of_other_writes_is_tried_again(alone: str, state: str, victim: int) -> None:
+@pytest.mark.parametrize("when", ["in a statement", "in the commit"])
+async def test_a_victim_of_other_writes_is_tried_again(alone: str, state: str, victim: int, when: str) -> None:
     """Twice, each time in a transaction of its own."""
     lane = Lane("postgresql", alone, "")
     key, insert = random_symbol(), "INSERT INTO quotes.receipts (key, fingerprint, receipt) VALUES ($1, '', '{}')"
@@ -316,8 +317,16 @@ async def test_a_victim_of_other_writes_is_tried_again(alone: str, state: str, v
         nonlocal tries
         tries += 1
         await connection.execute(insert, key)
-        if tries <= victim:
-            await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'a victim' USING ERRCODE = '{state}'; END $$")
+        fail = f"BEGIN RAISE EXCEPTION 'a victim' USING ERRCODE = '{state}'; END"
+        if tries <= victim and when == "in a statement":
+            await connection.execute(f"DO $$ {fail} $$")
+        elif tries <= victim:
+            await connection.execute(
+                "CREATE TEMPORARY TABLE deferred (n int) ON COMMIT DROP;"
+                f" CREATE FUNCTION pg_temp.fail() RETURNS trigger LANGUAGE plpgsql AS $$ {fail} $$;"
+                " CREATE CONSTRAINT TRIGGER late AFTER INSERT ON pg_temp.deferred DEFERRABLE INITIALLY DEFERRED"
+                " FOR EACH ROW EXECUTE FUNCTION pg_temp.fail(); INSERT INTO pg_temp.deferred VALUES (1)"
+            )
         return tries
 
     async with repository(lane, alone) as (_, database):

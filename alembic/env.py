@@ -107,13 +107,21 @@ def _adopt(connection: Connection) -> None:
     """
     if not connection.execute(text(OURS_ELSEWHERE)).scalar_one():
         return
-    found = {name for (name,) in connection.execute(text(TABLES))}
+    found, near = {name for (name,) in connection.execute(text(TABLES))}, ""
     for (name,) in connection.execute(text(VERSION_TABLES)).all():
         rows = connection.execute(text(f"SELECT version_num FROM {name}")).scalars().all()
         if len(rows) == 1 and TABLES_AT.get(rows[0]) == found:
             connection.execute(text(f"ALTER TABLE {name} SET SCHEMA quotes"))
+            near = ""
             break
+        if len(rows) == 1 and rows[0] in TABLES_AT:
+            near = f"{name} is at {rows[0]}"
     connection.commit()
+    if near and not _half_restored(connection):
+        raise StartupError(
+            f"The tables of the store have no revision, and {near}, whose tables they are not; nothing was migrated. If"
+            " that is the store's revision, mend the tables first, which `opa-quotes health` of that version names."
+        )
 
 
 def _revision(connection: Connection) -> str | None:
@@ -128,13 +136,18 @@ def _refuse_unreleased(connection: Connection) -> None:
         raise StartupError(UNRELEASED_STORE)
 
 
-def _refuse_half_restored(connection: Connection, settings: Settings, revision: str | None) -> None:
-    """A restore takes its comment away at its end, and gives the store its revision just before."""
-    comment = connection.execute(
+def _half_restored(connection: Connection) -> bool:
+    """A restore takes its comment away at its end."""
+    comment: str | None = connection.execute(
         text("SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()")
     ).scalar_one()
+    return comment == HALF_RESTORED
+
+
+def _refuse_half_restored(connection: Connection, settings: Settings, revision: str | None) -> None:
+    """A restore gives the store its revision last."""
     found = connection.execute(text("SELECT to_regclass('quotes.real_time') IS NOT NULL")).scalar_one()
-    if comment == HALF_RESTORED or (found and revision is None):
+    if _half_restored(connection) or (found and revision is None):
         which, remedy = "this database", "Drop it"
         if settings.embedded:
             which, remedy = "this data directory", f"Remove {settings.data_dir or embedded.default_data_dir()}"

@@ -250,7 +250,10 @@ class Health:
         if "SELECT on quotes.alembic_version" in seen.lacking:
             return "The revision of the schema cannot be read: the role lacks SELECT on quotes.alembic_version."
         if seen.revision is None:
-            return "The tables have no revision: a restore into this database did not finish."
+            return (
+                "The tables have no revision in quotes.alembic_version: run `opa-quotes migrate`, which knows where"
+                " older stores have it, or says that a restore into this database did not finish."
+            )
         if seen.revision != self._head and seen.revision not in known():
             return newer_schema(seen.revision, self._head)
         if seen.revision != self._head:

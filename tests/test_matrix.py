@@ -190,12 +190,14 @@ def test_locks_are_compared_with_what_chunks_and_connections_may_need(
     assert needs.harmful(server(enough, relations, major), SETTINGS, processes, jobs=False) == []
 
 
-def test_timeouts_harm_jobs_and_nothing_else() -> None:
+def test_timeouts_and_isolation_harm_jobs_and_nothing_else() -> None:
     short = server(64, 0, transaction_timeout="5000", lock_timeout="100", statement_timeout="5000")
     told = needs.harmful(short, SETTINGS, 1, jobs=True)
     assert [sentence.split()[0] for sentence in told] == ["transaction_timeout", "lock_timeout"]
     assert told[0].endswith("ALTER ROLE quotes_owner IN DATABASE quotes SET transaction_timeout = 0.")
     assert needs.harmful(short, SETTINGS, 1, jobs=False) == []
+    (isolated,) = needs.harmful(server(64, 0, default_transaction_isolation="serializable"), SETTINGS, 1, jobs=True)
+    assert isolated.endswith("SET default_transaction_isolation = 'read committed'.")
     assert "statement_timeout is 5000 ms" in needs.overridden(short, SETTINGS)
     long = server(64, 0, statement_timeout="60000", idle_in_transaction_session_timeout="60000")
     assert needs.overridden(long, SETTINGS) == ""

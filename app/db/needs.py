@@ -21,8 +21,8 @@ _HARMFUL: Final = {
 _ISOLATION: Final = "default_transaction_isolation"
 _COMMITTED: Final = "read committed"
 _DURABILITY: Final = "synchronous_commit"
-#: Timeouts that end what a session waits for or does; those of the first kind end background jobs too.
-_OF_JOBS: Final = ("transaction_timeout", "lock_timeout")
+#: Timeouts that end background jobs, and the milliseconds that a job may work, and wait for a lock, at least.
+_OF_JOBS: Final = {"transaction_timeout": 3_600_000, "lock_timeout": 2_000}
 _TIMEOUTS: Final = (*_OF_JOBS, "statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout")
 RESTORING: Final = "timescaledb.restoring"
 _LOCKS: Final = "max_locks_per_transaction"
@@ -31,9 +31,6 @@ _BACKENDS: Final = ("max_connections", "max_prepared_transactions")
 NAMES: Final = (
     *(name for name, _ in _HARMFUL), _ISOLATION, _DURABILITY, *_TIMEOUTS, RESTORING, _LOCKS, *_BACKENDS,
 )  # fmt: skip
-#: Milliseconds that a job may wait for a lock, and work, at least.
-_JOBS_WAIT: Final = 2_000
-_JOBS_WORK: Final = 3_600_000
 #: A lock on a relation needs shared memory only beyond these of each session, which grow with the setting.
 _FAST: Final = 16
 _FAST_GROWS: Final = 18
@@ -78,14 +75,23 @@ def harmful(server: Server, settings: Settings, processes: int, *, jobs: bool) -
         for (name, value), what in _HARMFUL.items()
         if server.settings.get(name) == value
     ]
-    least = {"transaction_timeout": _JOBS_WORK, "lock_timeout": _JOBS_WAIT}
-    found += [
-        f"{name} is {server.number(name)} ms, and 0 is needed for background jobs:"
-        f" ALTER ROLE {server.owner} IN DATABASE {server.database} SET {name} = 0."
-        for name in _OF_JOBS
-        if jobs and 0 < server.number(name) < least[name]
-    ]
+    if jobs:
+        found += [
+            f"{name} is {shown}, and {needed} is needed for background jobs:"
+            f" ALTER ROLE {server.owner} IN DATABASE {server.database} SET {name} = {needed}."
+            for name, shown, needed in _of_jobs(server)
+        ]
     return found + _too_few_locks(server, settings, processes)
+
+
+def _of_jobs(server: Server) -> list[tuple[str, str, str]]:
+    """What ends a job, or lets it see less than was committed before it took its locks; and what is needed."""
+    found = [
+        (name, f"{server.number(name)} ms", "0") for name, least in _OF_JOBS.items() if 0 < server.number(name) < least
+    ]
+    if (isolation := server.settings.get(_ISOLATION, _COMMITTED)) != _COMMITTED:
+        found.append((_ISOLATION, isolation, f"'{_COMMITTED}'"))
+    return found
 
 
 def _too_few_locks(server: Server, settings: Settings, processes: int) -> list[str]:

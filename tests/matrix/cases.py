@@ -33,10 +33,14 @@ class Case:
     status: Status = "healthy"
     #: Words of health.
     told: tuple[str, ...] = ()
+    #: Words of health on a server with background jobs, which the setting harms: it is degraded there.
+    jobs: tuple[str, ...] = ()
 
 
-def _overridden(name: str, value: str, shown: str, **other: object) -> Case:
-    return Case(f"{name} = {value}", (f"{name} = {value}",), told=(f"{name} is {shown}", "instead"), **other)  # type: ignore[arg-type]
+def _overridden(name: str, value: str, shown: str, *, needed: str = "") -> Case:
+    """A setting that sessions have otherwise; jobs have it as it is, and may need another value."""
+    jobs = (f"{name} is {shown}, and {needed} is needed for background jobs: ALTER ROLE",) if needed else ()
+    return Case(f"{name} = {value}", (f"{name} = {value}",), told=(f"{name} is {shown}", "instead"), jobs=jobs)
 
 
 def _unseen(name: str, value: str) -> Case:
@@ -59,9 +63,10 @@ HOSTILE: Final = (
 )  # fmt: skip
 CASES: Final = (
     Case("nothing set"),
-    Case("all that sessions set", HOSTILE, told=("default_transaction_isolation is serializable", "instead")),
-    _overridden("default_transaction_isolation", "serializable", "serializable"),
-    _overridden("default_transaction_isolation", "'repeatable read'", "repeatable read"),
+    Case("all that sessions set", HOSTILE, told=("default_transaction_isolation is serializable", "instead"),
+         jobs=("default_transaction_isolation is serializable, and 'read committed' is needed",)),
+    _overridden("default_transaction_isolation", "serializable", "serializable", needed="'read committed'"),
+    _overridden("default_transaction_isolation", "'repeatable read'", "repeatable read", needed="'read committed'"),
     _unseen("default_transaction_deferrable", "on"),
     _overridden("synchronous_commit", "off", "off"),
     _unseen("synchronous_commit", "remote_apply"),
@@ -81,12 +86,8 @@ CASES: Final = (
     _overridden("statement_timeout", "20", "20 ms"),
     _overridden("idle_in_transaction_session_timeout", "1", "1 ms"),
     _overridden("idle_session_timeout", "50", "50 ms"),
-    _overridden("lock_timeout", "1", "1 ms", timescaledb=False),
-    Case("lock_timeout = 1, with jobs", ("lock_timeout = 1",), timescaledb=True, status="degraded",
-         told=("lock_timeout is 1 ms, and 0 is needed for background jobs: ALTER ROLE",)),
-    _overridden("transaction_timeout", "50", "50 ms", timescaledb=False),
-    Case("transaction_timeout = 50, with jobs", ("transaction_timeout = 50",), timescaledb=True, status="degraded",
-         told=("transaction_timeout is 50 ms, and 0 is needed for background jobs: ALTER ROLE",)),
+    _overridden("lock_timeout", "1", "1 ms", needed="0"),
+    _overridden("transaction_timeout", "50", "50 ms", needed="0"),
     Case("default_transaction_read_only = on", ("default_transaction_read_only = on",),
          refused=("default_transaction_read_only", "off is needed")),
     Case("timescaledb.restoring = on", ("timescaledb.restoring = on",), timescaledb=True,

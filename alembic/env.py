@@ -26,9 +26,11 @@ LOCK_KEY = 0x6F70_6171  # "opaq": any number, the same for every instance
 # Revisions until r6 were kept in `alembic_version` of the first schema on the path, most often `public`.
 OURS_ELSEWHERE = "SELECT to_regclass('quotes.real_time') IS NOT NULL AND to_regclass('quotes.alembic_version') IS NULL"
 VERSION_TABLES = """
-SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
-WHERE relname = 'alembic_version' AND relkind = 'r' AND has_schema_privilege(n.oid, 'USAGE')
-      AND has_table_privilege(pg_class.oid, 'SELECT')
+SELECT format('%I.%I', nspname, relname) AS name, quote_ident(pg_get_userbyid(relowner)) AS owner,
+       pg_has_role(relowner, 'USAGE') AS owned,
+       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(pg_class.oid, 'SELECT') AS readable
+FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relname = 'alembic_version' AND relkind = 'r'
       AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'version_num')
 ORDER BY nspname <> 'public', nspname
 """
@@ -108,19 +110,27 @@ def _adopt(connection: Connection) -> None:
     if not connection.execute(text(OURS_ELSEWHERE)).scalar_one():
         return
     found, near = {name for (name,) in connection.execute(text(TABLES))}, ""
-    for (name,) in connection.execute(text(VERSION_TABLES)).all():
-        rows = connection.execute(text(f"SELECT version_num FROM {name}")).scalars().all()
+    for table in connection.execute(text(VERSION_TABLES)).all():
+        if not table.readable:
+            near = near or f"{table.name} may have it: migrate as {table.owner}, whose table it is."
+            continue
+        rows = connection.execute(text(f"SELECT version_num FROM {table.name}")).scalars().all()
         if len(rows) == 1 and TABLES_AT.get(rows[0]) == found:
-            connection.execute(text(f"ALTER TABLE {name} SET SCHEMA quotes"))
-            near = ""
+            if table.owned:
+                connection.execute(text(f"ALTER TABLE {table.name} SET SCHEMA quotes"))
+                connection.commit()
+                return
+            near = f"it is in {table.name}: migrate as {table.owner}, whose table it is."
             break
         if len(rows) == 1 and rows[0] in TABLES_AT:
-            near = f"{name} is at {rows[0]}"
+            near = (
+                f"{table.name} is at {rows[0]}, whose tables they are not; if it is the store's, mend the tables first,"
+                " which `opa-quotes health` of that version names."
+            )
     connection.commit()
     if near and not _half_restored(connection):
         raise StartupError(
-            f"The tables of the store have no revision, and {near}, whose tables they are not; nothing was migrated. If"
-            " that is the store's revision, mend the tables first, which `opa-quotes health` of that version names."
+            f"Nothing was migrated. The tables of the store have no revision in their schema, and {near}"
         )
 
 

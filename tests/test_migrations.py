@@ -193,6 +193,7 @@ async def test_a_role_that_owns_its_schema_only_can_migrate_and_serve(lane: Lane
     await migrate(empty_url, lane.make_settings())
     await downgrade(empty_url, lane.make_settings())
     await run(empty_url, f"CREATE ROLE {role} LOGIN")
+    owner = await ask(empty_url, "SELECT current_user::text")
     try:
         with pytest.raises(StartupError) as told:
             await migrate(url, settings)
@@ -204,6 +205,14 @@ async def test_a_role_that_owns_its_schema_only_can_migrate_and_serve(lane: Lane
         assert len(grants) == 2, told.value.detail
         await run(empty_url, *grants)
         await migrate(url, settings, "r6")
+        await run(empty_url, "ALTER TABLE quotes.alembic_version SET SCHEMA public")
+        await run(empty_url, f"ALTER TABLE public.alembic_version OWNER TO {owner}")
+        for may, told_of in (("REVOKE SELECT {} FROM", "public.alembic_version may have it"),
+                             ("GRANT SELECT {} TO", "it is in public.alembic_version")):  # fmt: skip
+            await run(empty_url, f"{may.format('ON public.alembic_version')} {role}")
+            with pytest.raises(StartupError, match=f"{told_of}: migrate as {owner}"):
+                await migrate(url, settings)
+        await run(empty_url, f"ALTER TABLE public.alembic_version OWNER TO {role}")
         with pytest.raises(StartupError, match=f"does not own the schema quotes.* GRANT \\w+ TO {role};"):
             await migrate(url, settings)
         await run(empty_url, f"ALTER SCHEMA quotes OWNER TO {role}")

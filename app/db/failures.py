@@ -157,8 +157,22 @@ async def connect(
     Raises:
         DatabaseMisconfigured: the URL, or the server, would have to be another.
     """
-    try:
+    with _url_faults(url):
         connection: Connection = await asyncpg.connect(url, timeout=timeout, **options)
+    _keep_alive(connection)
+    try:
+        await sessions.prepare(connection, timeout, statement_timeout)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+@contextmanager
+def _url_faults(url: str) -> Iterator[None]:
+    """Tell a URL that would have to be another from a server that is not there."""
+    try:
+        yield
     except ssl.SSLCertVerificationError as error:
         raise _misconfigured(f"The certificate of the server is not one that {_URL} asks for by `sslmode`.") from error
     except FileNotFoundError:
@@ -181,13 +195,6 @@ async def connect(
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
             raise
         raise _misconfigured(f"The server does not take a parameter behind the `?` of {_URL}.") from error
-    _keep_alive(connection)
-    try:
-        await sessions.prepare(connection, timeout, statement_timeout)
-    except BaseException:
-        connection.terminate()
-        raise
-    return connection
 
 
 def _keep_alive(connection: Connection) -> None:

@@ -1298,4 +1298,4 @@ async def test_what_is_read_can_be_written_again(quotes: QuoteRepository, symbol
     assert (await quotes.bulk_insert([quote.to_dict() for quote in found])).unchanged == 4
     with pytest.raises(InvalidQuotes) as caught:
         await quotes.bulk_insert([found[0].to_dict() | {"nanos": 1000}])
-    assert caught.value.rejections[0].code == "unknown-field"
+    assert caught.value.rejections[0].code == "timestamp-invalid"

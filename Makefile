@@ -63,6 +63,9 @@ test-long: $(VENV)/dev  ## Run the tests that `make test` leaves out because the
 trades: $(VENV)/dev  ## Test a million trades, many in one millisecond, against polars on every lane (minutes)
 	TEST_TRADES=1000000 $(BIN)/python -m pytest tests/test_trades.py $(TESTARGS)
 
+oracle: $(VENV)/dev  ## Test the bars of every time zone around each change of its clocks (minutes)
+	ORACLE=1 $(BIN)/python -m pytest --numprocesses 2 tests/test_days.py $(TESTARGS)
+
 check: $(VENV)/dev  ## Lint, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -105,4 +108,4 @@ clean:  ## Remove what was built and installed here; the data of `make serve` st
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* coverage.xml htmlcov dist tests/pglite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help serve demo test test-long chaos hostile matrix trades check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean
+.PHONY: help serve demo test test-long chaos hostile matrix trades oracle check bench bench-ingest bench-storage dashboards monitoring lock dev-up dev-down test-up clean

@@ -1,17 +1,17 @@
 """Every read with every parameter at its ends and beyond: answers, or mistakes of the client, and no fault of ours."""
 
 import itertools
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
 import httpx
 import pytest
 
-from app.clock import FIRST, LAST, Interval
+from app.clock import FIRST, LAST, Interval, nanoseconds
+from app.days import LATEST, day_bounds, zone
 from app.errors import InvalidRequest
 from app.repository.bars import BarSpec
-from app.repository.ranges import day_bounds, zone
 
 #: Both ends of the calendar, of what is stored and of what bars have room in, and what is no time.
 TIMES = (
@@ -26,6 +26,7 @@ NO_ZONES = (
     "Europe/Berlin ", "tzdata.zi", "zone.tab", "leapseconds", "+VERSION", "UTC\0", "\0", "", "UTC0", "<+03>-3", "é",
     "\udc80",
 )  # fmt: skip
+T0 = datetime(2026, 11, 20, tzinfo=UTC)
 INTERVALS = ("1s", "7m", "1h", "1d", "1w", "1M", "120M", "3660d")
 
 
@@ -118,14 +119,29 @@ def test_no_file_is_opened_for_a_zone(name: str) -> None:
 
 
 def test_the_bars_of_the_whole_calendar_are_of_what_is_stored() -> None:
-    """What a range has beyond the first and the last instant costs nothing, and changes nothing."""
-    first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+    """What a range has beyond the first and the last instant costs nothing."""
     for tz in ZONES:
-        spec = BarSpec(Interval(1, "d"), tz=tz)
-        assert spec.source(first, last) == spec.source(FIRST, LAST)
-    day = timedelta(days=1)
-    assert BarSpec(Interval(1, "d"), tz="Europe/Berlin").source(LAST, last) == "ohlc_1h"
-    assert BarSpec(Interval(1, "d"), tz="Europe/Berlin").source(first, FIRST + day) == "real_time"
+        for interval in (Interval(1, "d"), Interval(3660, "d"), Interval(118, "M")):
+            spec = BarSpec(interval, tz=tz)
+            assert spec.edge(-(10**40)) <= spec.edge(nanoseconds(FIRST)) - interval.width.total_seconds()
+            assert spec.edge(10**40) > spec.edge(nanoseconds(LAST))
+            assert spec.edge(10**40) == spec.edge(LATEST * 10**9)
+
+
+def test_bars_are_made_of_the_coarsest_rollup_that_their_edges_lie_on() -> None:
+    week = 7 * 86_400
+    for tz, interval, at, source in (
+        ("UTC", Interval(1, "d"), T0, "ohlc_1d"),
+        ("Etc/GMT+12", Interval(1, "d"), T0, "ohlc_1h"),
+        ("Europe/Berlin", Interval(1, "M"), T0, "ohlc_1h"),
+        ("Asia/Kathmandu", Interval(1, "h"), T0, "ohlc_1m"),
+        ("Asia/Kathmandu", Interval(1, "m"), T0, "ohlc_1m"),
+        ("Europe/Berlin", Interval(1, "d"), FIRST, "real_time"),
+        ("Europe/Berlin", Interval(1, "s"), T0, "real_time"),
+    ):
+        spec = BarSpec(interval, tz=tz)
+        low = spec.edge(nanoseconds(at))
+        assert spec.source(low, spec.grid.ceil(low + week)) == source
 
 
 async def test_symbols_tokens_and_limits_that_are_none(client: httpx.AsyncClient) -> None:

@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from app.clock import FIRST, Interval, nanoseconds, parse, rfc3339_nano
+from app.days import day_bounds
 from app.db.capability import Level
 from app.db.engine import Database
 from app.db.migrate import migrate
@@ -37,7 +38,7 @@ from app.repository.bars import Bar, BarPrice, BarSpec, Fill
 from app.repository.ingest import Attempt, Write
 from app.repository.maintenance import MaintenanceRepository
 from app.repository.quotes import QuoteRepository
-from app.repository.ranges import Position, Range, Sort, day_bounds
+from app.repository.ranges import Position, Range, Sort
 from app.settings import Settings
 from tests.conftest import Lane, random_symbol, until_true
 
@@ -764,7 +765,8 @@ async def test_gaps_are_filled_on_every_page(
         for symbol in symbols:
             own = [row for row in rows if row["symbol"] == symbol]
             times = [datetime.fromisoformat(row["timestamp"]) for row in own]
-            assert own[0]["count"] > 0
+            if fill == "null":
+                assert own[0]["count"] > 0
             assert times[-1] + (step or timedelta(days=31)) >= end
             if step is not None and tz == "UTC":
                 assert all(b - a == step for a, b in pairwise(times))
@@ -789,10 +791,25 @@ def _spec(interval: str, tz: str, fill: Fill = "none") -> BarSpec:
     return BarSpec(Interval.parse(interval), "last", tz, fill)
 
 
-async def test_too_many_gaps_are_not_filled(quotes: QuoteRepository, symbol: str) -> None:
-    wanted = Range([symbol], N0 - 2 * DAY, N0)
-    with pytest.raises(InvalidRequest, match="filled"):
-        await quotes.bars_page(wanted, _spec("1s", "UTC", "null"))
+@pytest.mark.parametrize("sort", ["asc", "desc"])
+async def test_any_number_of_gaps_is_filled_page_by_page(quotes: QuoteRepository, symbol: str, sort: Sort) -> None:
+    """Ten years of seconds: a page makes as many bars as it has."""
+    await quotes.bulk_insert([quote(symbol, 10, 7), quote(symbol, 20_015, 8)])
+    first, last = N0 - 5 * 365 * DAY, N0 + 5 * 365 * DAY
+    spec = BarSpec(Interval(1, "s"), fill="previous")
+    page, _ = await quotes.bars_page(Range([symbol], first, N0 + 20_020 * 10**9, 10_000, sort), spec)
+    assert page.next is not None
+    rest, _ = await quotes.bars_page(Range([symbol], first, N0 + 20_020 * 10**9, 10_000, sort, None, page.next), spec)
+    assert rest.next is not None
+    end, _ = await quotes.bars_page(Range([symbol], first, last, 10_000, "desc"), spec)
+    assert len(end.rows) == 10_000, "up to now"
+    found = [json.loads(row) for row in page.rows + rest.rows]
+    expected = [7] * 20_000 if sort == "asc" else [*[8] * 5, *[7] * 19_995]
+    assert [row["close"] for row in found] == expected
+    times = [parse(row["timestamp"]) for row in found]
+    step = 10**9 if sort == "asc" else -(10**9)
+    assert times[0] == (N0 + 10 * 10**9 if sort == "asc" else N0 + 20_019 * 10**9)
+    assert all(b - a == step for a, b in pairwise(times))
 
 
 async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, symbol: str) -> None:

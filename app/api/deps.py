@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import date, timedelta
 from functools import lru_cache, partial
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl, quote, urlencode
@@ -39,7 +40,7 @@ from app.health import Health
 from app.monitor import Monitor
 from app.quote.batch import Batch
 from app.quote.rules import normal_symbol
-from app.quote.terms import Consistency, Terms
+from app.quote.terms import AHEAD, Consistency, Terms
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Page, Position
 from app.settings import Settings
@@ -238,6 +239,12 @@ def _time(value: object) -> int:
     return instant
 
 
+def _day(value: object) -> object:
+    if isinstance(value, str) and not _DATE.fullmatch(value):
+        raise PydanticCustomError("date_format", "Input should be a date, as in 2026-11-20")
+    return value
+
+
 def _split(value: object) -> object:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return [item for part in value for item in part.split(",") if item.strip()]
@@ -253,13 +260,18 @@ def _normal(value: list[str]) -> list[str]:
 
 #: Nanoseconds since 1970.
 Time = Annotated[int, BeforeValidator(_time), WithJsonSchema({"type": "string", "format": "date-time"})]
+#: A date, and nothing that would have to be taken for one.
+Day = Annotated[date, BeforeValidator(_day)]
 Symbols = Annotated[list[str], BeforeValidator(_split), AfterValidator(_normal)]
 #: Query parameters as they are documented everywhere.
 START: Final = (
     "First instant of the range, RFC 3339 with an offset and up to nine digits of fraction, or a date for its midnight"
     " in UTC."
 )
-END: Final = "End of the range, exclusive. Default: now."
+END: Final = "End of the range, exclusive. Default: after all that was acknowledged."
+DAY_START: Final = "When days begin in `tz`, HH:MM; from 12:00 on it is on the evening before the day's date."
+#: Nanoseconds from now to the end of what may have been stored.
+JUST_TAKEN: Final = AHEAD // timedelta(microseconds=1) * 1000 + 1000
 SYMBOLS: Final = "Symbols, separated by commas."
 
 
@@ -390,9 +402,9 @@ def page_response(
     member: str,
     page: Page,
     paging: Paging,
-    missing: Sequence[tuple[str, str]] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Response:
-    """`{"<member>": [...], "next_page_token": ...}` around rows that are JSON text already, and what is missing."""
+    """`{"<member>": [...], "next_page_token": ...}` around rows that are JSON text already, and what else is told."""
     request.state.rows = len(page.rows)
     headers = {}
     member_text = "null"
@@ -401,11 +413,8 @@ def page_response(
         query = [(k, v) for k, v in request.query_params.multi_items() if k != "page_token"]
         headers["Link"] = f'<{quote(request.scope["path"])}?{urlencode([*query, ("page_token", text)])}>; rel="next"'
         member_text = f'"{text}"'
-    listed = ""
-    if missing is not None:
-        reasons = [{"symbol": symbol, "reason": reason} for symbol, reason in missing]
-        listed = f',"missing":{msgspec.json.encode(reasons).decode()}'
-    return json_response(f'{{"{member}":[{",".join(page.rows)}],"next_page_token":{member_text}{listed}}}', headers)
+    told = f",{msgspec.json.encode(about).decode()[1:]}" if about else "}"
+    return json_response(f'{{"{member}":[{",".join(page.rows)}],"next_page_token":{member_text}{told}', headers)
 
 
 def json_response(text: str, headers: dict[str, str] | None = None) -> Response:

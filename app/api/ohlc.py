@@ -1,8 +1,9 @@
 """OHLC bars and daily summaries."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Request, Response
 from fastapi import Query as QueryParameters
@@ -10,7 +11,9 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from app import formats
 from app.api.deps import (
+    DAY_START,
     END,
+    JUST_TAKEN,
     START,
     SYMBOLS,
     PagedQuery,
@@ -24,7 +27,8 @@ from app.api.deps import (
     resolve_symbols,
 )
 from app.api.problems import responses
-from app.clock import Interval, floor, nanoseconds
+from app.clock import Interval, floor, nanoseconds, rfc3339
+from app.days import EARLIEST, MIDNIGHT
 from app.errors import InvalidRequest
 from app.repository.bars import BarPrice, BarSpec, Fill, Reason
 from app.repository.ranges import Range, Sort
@@ -32,6 +36,11 @@ from app.repository.ranges import Range, Sort
 router = APIRouter(prefix="/v1", tags=["bars"])
 
 _DEFAULT_BARS: Final = 100
+_MOST_ROWS: Final = 10_000
+COMPLETE_FROM: Final = (
+    "Start of the first bar that is whole, where bars are of quotes of which retention has dropped those of the range's"
+    " beginning; else null."
+)
 
 
 class OHLCBar(BaseModel):
@@ -75,6 +84,7 @@ class BarPage(BaseModel):
     bars: list[OHLCBar]
     next_page_token: str | None
     missing: list[MissingBars] = Field(description="Named symbols that this page might have had, but has no bars of.")
+    complete_from: AwareDatetime | None = Field(description=COMPLETE_FROM)
 
 
 class SummaryPage(BaseModel):
@@ -83,6 +93,7 @@ class SummaryPage(BaseModel):
     summaries: list[DailySummary]
     next_page_token: str | None
     missing: list[MissingBars] = Field(description="Named symbols that this page might have had, but has none of.")
+    complete_from: AwareDatetime | None = Field(description=COMPLETE_FROM)
 
 
 class SummaryQuery(PagedQuery):
@@ -92,6 +103,13 @@ class SummaryQuery(PagedQuery):
     start: Time | None = Field(default=None, description=START + " Default: 100 bars before `end`.")
     end: Time | None = Field(default=None, description=END)
     sort: Sort = Field(default="asc", description="Order of time within a symbol.")
+    last: int | None = Field(
+        default=None,
+        ge=1,
+        le=_MOST_ROWS,
+        description="The newest so many of each symbol, wherever they lie before `end`, in ascending order, on one page"
+        f" of at most {_MOST_ROWS:,}.",
+    )
     price: BarPrice = Field(
         default="last",
         description="What the bars are of: `last`, prices of trades; `bid`, `ask`; `mid`, (bid + ask) / 2 of quotes"
@@ -108,24 +126,50 @@ class BarsQuery(SummaryQuery):
         examples=["1m", "5m", "1h", "1d"],
     )
     tz: str = Field(default="UTC", max_length=64, description="IANA time zone in which days begin.")
+    day_start: str = Field(default=MIDNIGHT, max_length=5, description=DAY_START)
     fill: Fill = Field(
         default="none",
-        description="Bars without quotes, from a symbol's first bar of the range on: left out, of nulls,"
-        " or of the `previous` close; their count is 0.",
+        description="Bars without quotes, up to now: left out; of nulls, from a symbol's first bar of the range on; or"
+        " of the `previous` close, also of that before the range. Their count is 0.",
     )
 
 
 def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wired) -> tuple[Range, Paging]:
     formats.writer(request.headers.get("accept"))
     symbols = resolve_symbols(query.symbols, wired.settings)
+    if query.last is not None:
+        return _newest(query, symbols, query.last)
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
-        end = nanoseconds(datetime.now(UTC)) if query.end is None else query.end
-        start = nanoseconds(_bars_before(floor(end), interval.width)) if query.start is None else query.start
+        now = nanoseconds(datetime.now(UTC))
+        end = now + JUST_TAKEN if query.end is None else query.end
+        start = query.start
+        if start is None:
+            start = nanoseconds(_bars_before(floor(now if query.end is None else end), interval.width))
         paging = Paging(start, end, None)
     check_range(paging.start, paging.end)
     return Range(symbols, paging.start, paging.end, query.limit, query.sort, None, paging.after), paging
+
+
+def _newest(query: SummaryQuery, symbols: Sequence[str], last: int) -> tuple[Range, Paging]:
+    if query.sort == "desc" or query.page_token is not None:
+        raise InvalidRequest("The last bars come on one page, in ascending order.", parameter="last")
+    if last * len(symbols) > _MOST_ROWS:
+        raise InvalidRequest(f"The last {last} bars of {len(symbols)} symbols do not fit a page.", parameter="last")
+    end = nanoseconds(datetime.now(UTC)) + JUST_TAKEN if query.end is None else query.end
+    paging = Paging(EARLIEST * 10**9 if query.start is None else query.start, end, None)
+    check_range(paging.start, paging.end)
+    return Range(symbols, paging.start, paging.end, last * len(symbols), "desc", last), paging
+
+
+def _about(wired: Wired, wanted: Range, spec: BarSpec, missing: Sequence[tuple[str, Reason]]) -> dict[str, Any]:
+    """What is told beside a page of bars."""
+    since = wired.quotes.complete_from(wanted, spec)
+    return {
+        "missing": [{"symbol": symbol, "reason": reason} for symbol, reason in missing],
+        "complete_from": None if since is None else rfc3339(since),
+    }
 
 
 def _bars_before(end: datetime, width: timedelta) -> datetime:
@@ -138,11 +182,12 @@ def _bars_before(end: datetime, width: timedelta) -> datetime:
 @router.get("/ohlc", response_model=BarPage, responses=responses(400, 406, 503))
 async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameters()], wired: Wired) -> Response:
     """OHLC bars that start in a time range, of any interval, in any time zone."""
-    spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill)
+    spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill, query.day_start)
     wanted, paging = _page(request, query, spec.interval, wired)
     async with wired.reading(request):
         page, missing = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
-    return page_response(request, wired.settings, "bars", page, paging, missing)
+    page = page if query.last is None else page.reversed_in_time()
+    return page_response(request, wired.settings, "bars", page, paging, _about(wired, wanted, spec, missing))
 
 
 @router.get("/summary/daily", response_model=SummaryPage, responses=responses(400, 406, 503))
@@ -150,7 +195,9 @@ async def list_daily_summaries(
     request: Request, query: Annotated[SummaryQuery, QueryParameters()], wired: Wired
 ) -> Response:
     """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
-    wanted, paging = _page(request, query, Interval(1, "d"), wired)
+    spec = BarSpec(Interval(1, "d"), query.price)
+    wanted, paging = _page(request, query, spec.interval, wired)
     async with wired.reading(request):
         page, missing = await wired.quotes.at(query.consistency).summary_page(wanted, query.price)
-    return page_response(request, wired.settings, "summaries", page, paging, missing)
+    page = page if query.last is None else page.reversed_in_time()
+    return page_response(request, wired.settings, "summaries", page, paging, _about(wired, wanted, spec, missing))

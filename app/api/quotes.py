@@ -1,7 +1,6 @@
 """Quotes in, and quotes out: by range, newest, by day, counted."""
 
 from datetime import UTC, datetime
-from datetime import date as calendar_day
 from typing import Annotated, Final
 
 import msgspec
@@ -11,9 +10,12 @@ from pydantic import BaseModel, Field
 
 from app import formats
 from app.api.deps import (
+    DAY_START,
     END,
+    JUST_TAKEN,
     START,
     SYMBOLS,
+    Day,
     PagedQuery,
     Paging,
     Query,
@@ -32,9 +34,10 @@ from app.api.deps import (
 )
 from app.api.problems import responses
 from app.clock import nanoseconds
+from app.days import MIDNIGHT, day_bounds, day_of
 from app.quote.model import StoredQuote
 from app.quote.rules import normal_symbol
-from app.repository.ranges import Range, Sort, day_bounds, zone
+from app.repository.ranges import Page, Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
 
@@ -91,8 +94,9 @@ class IntradayQuery(PagedQuery):
     """Parameters of one day."""
 
     symbol: str = Field(description="One symbol.")
-    date: calendar_day | None = Field(default=None, description="Calendar day in `tz`. Default: today.")
+    date: Day | None = Field(default=None, description="Calendar day in `tz`, YYYY-MM-DD. Default: today.")
     tz: str = Field(default="UTC", max_length=64, description="IANA time zone of the day.")
+    day_start: str = Field(default=MIDNIGHT, max_length=5, description=DAY_START)
     sort: Sort = Field(default="asc", description="Order of time.")
 
 
@@ -128,8 +132,10 @@ async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParam
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
-        end = nanoseconds(datetime.now(UTC)) if query.end is None else query.end
-        paging = Paging(end - _DEFAULT_SPAN if query.start is None else query.start, end, None)
+        now = nanoseconds(datetime.now(UTC))
+        end = now + JUST_TAKEN if query.end is None else query.end
+        start = (now if query.end is None else end) - _DEFAULT_SPAN if query.start is None else query.start
+        paging = Paging(start, end, None)
     return await _quotes(request, wired, symbols, paging, query, query.sort, query.limit_per_symbol)
 
 
@@ -137,14 +143,17 @@ async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParam
 async def intraday_quotes(
     request: Request, query: Annotated[IntradayQuery, QueryParameters()], wired: Wired
 ) -> Response:
-    """The quotes of one calendar day of a time zone: 23 or 25 hours when its clocks change."""
+    """The quotes of one day of a time zone: 23 or 25 hours when its clocks change, none if they skip it."""
     formats.writer(request.headers.get("accept"))
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
-        day = query.date or datetime.now(zone(query.tz)).date()
-        start, stop = day_bounds(day, query.tz)
+        day = query.date or day_of(datetime.now(UTC), query.tz, query.day_start)
+        start, stop = day_bounds(day, query.tz, query.day_start)
         paging = Paging(nanoseconds(start), nanoseconds(stop), None)
+        if start == stop:  # the clocks skipped it
+            normal_symbol(query.symbol)
+            return page_response(request, wired.settings, "quotes", Page([], None), paging)
     return await _quotes(request, wired, [normal_symbol(query.symbol)], paging, query, query.sort, None)
 
 

@@ -1,34 +1,41 @@
-"""OHLC bars: what a bar is made of, and the statement that makes the bars of a range.
+"""OHLC bars: what a bar is made of, and the statements that read a page of them.
 
 Invariant: bars are exact. They are read from rollups only where those are up to date, and equal intervals always give
 equal bars, whatever the range asked for. A bar is made of the quotes that have its price, so bars of `last` know
-nothing of quotes without a trade.
+nothing of quotes without a trade. Where bars begin and end is `Grid`'s to say: a statement gets their edges, and reads
+only the bars of its page.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
-from app.clock import FIRST, LAST, Interval, ceil
+from app.clock import Interval, microseconds
+from app.days import EARLIEST, LATEST, MIDNIGHT, Grid, moment
 from app.db.engine import Connection
 from app.errors import InvalidRequest
-from app.quote.terms import check_choice
+from app.quote.fields import NANOS
+from app.quote.terms import AHEAD, check_choice
 from app.repository import rollups
-from app.repository.ranges import Arguments, Range, Span, per_symbol, zone
+from app.repository.ranges import ORDER, Arguments, Range, spans
 
+_T = TypeVar("_T")
 BarPrice = Literal["last", "bid", "ask", "mid"]
 Fill = Literal["none", "null", "previous"]
 
-_DAY_SECONDS: Final = 86_400
-_MOST_FILLED: Final = 100_000
-_LONG_DAY: Final = timedelta(hours=3)  # more than any day is longer than 24 hours
-_WEEK: Final = timedelta(weeks=1)
-_IN_HOURS, _IN_MINUTES, _IN_SECONDS = range(3)
-_LATEST_END: Final = datetime(9900, 1, 1, tzinfo=UTC)  # leaves room in the calendar for the longest interval
+#: Edges that one statement takes, unless they lie one width apart; to make and to send 10,000 takes 15 ms.
+_MOST_EDGES: Final = 10_000
+#: By how much longer each further stretch is, of those read for a page and of those looked through for a quote.
+_LONGER: Final = 8
+_FIRST_LOOK: Final = 86_400
+#: Bars that tell what those around them are made of.
+_FEW: Final = 100
+_ENDS: Final = "SELECT symbol, first_timestamp, timestamp FROM quotes.latest WHERE symbol = ANY($1::text[])"
 BAR_COLUMNS: Final = "open, high, low, close, volume, turnover, count"
 #: What bars of each price are made of, of a quote; where it is null the quote is none of theirs.
 VALUES: Final[Mapping[BarPrice, str]] = MappingProxyType(
@@ -40,16 +47,18 @@ ROLLED_UP: Final[Mapping[BarPrice, str]] = MappingProxyType({"last": "", "mid": 
 
 @dataclass(frozen=True, slots=True)
 class BarSpec:
-    """What bars to make: their interval, of which price, and in which IANA time zone days begin.
+    """What bars to make: their interval, of which price, and when days begin, in which IANA time zone.
 
-    In a zone, bars of days and more begin at local midnight and are as long as the days are: 23 or 25 hours when
-    the clocks change. Shorter ones are counted in elapsed time from local midnight, so they must divide a day.
+    In a zone, bars of days and more begin at local midnight, or at `day_start`, and are as long as the days are: 23 or
+    25 hours when the clocks change. A `day_start` from 12:00 on is on the evening before its date, as of currency and
+    futures days. Shorter bars are counted in elapsed time from there and cut at the next day, so they must divide a
+    day.
 
-    With `fill` the gaps between a symbol's first bar of the range and the range's end, or now, get a bar whose
-    count is 0: of nulls, or of the close before it.
+    With `fill` the bars without quotes up to now have a count of 0: of nulls, after a symbol's first bar of the range;
+    or of the close before, also of the one before the range.
 
     Raises:
-        InvalidRequest: the zone is unknown, the interval is none or cannot be counted from its midnights, or one of the
+        InvalidRequest: the zone is unknown, the interval is none or cannot be counted from its days, or one of the
             words is none that is taken.
     """
 
@@ -57,58 +66,34 @@ class BarSpec:
     price: BarPrice = "last"
     tz: str = "UTC"
     fill: Fill = "none"
+    day_start: str = MIDNIGHT
+    grid: Grid = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, Interval):
             raise InvalidRequest("An interval is a text such as 15m, 1h or 3M, or an Interval.", parameter="interval")
         check_choice(self.price, BarPrice, "price")
         check_choice(self.fill, Fill, "fill")
-        zone(self.tz)
-        seconds = self.interval.seconds
-        if not self.in_utc and not self.of_days and _DAY_SECONDS % seconds:
-            raise InvalidRequest("In a time zone, an interval below a day must divide a day.", parameter="tz")
+        object.__setattr__(self, "grid", Grid(self.interval, self.tz, self.day_start))
 
     @property
-    def in_utc(self) -> bool:
-        """Whether days begin at midnight in UTC, as those of the rollups do."""
-        return self.tz == "UTC"
+    def filled(self) -> bool:
+        """Whether there are bars without quotes."""
+        return self.fill != "none"
 
-    @property
-    def of_days(self) -> bool:
-        """Whether the bars are days, weeks or months."""
-        return self.interval.seconds % _DAY_SECONDS == 0
+    def edge(self, instant: int) -> int:
+        """The first edge that is not before an instant, in seconds; those beyond all that is stored are as good."""
+        return self.grid.ceil(min(max(-(-instant // 10**9), EARLIEST), LATEST))
 
-    def source(self, start: datetime, end: datetime) -> str:
-        """The coarsest rollup that the bars of a range can be made of."""
-        source = self.interval.source
-        if self.in_utc or source == rollups.RAW:
-            return source
-        first, last = ((max(bound, FIRST) - FIRST) // _WEEK for bound in (start, end))
-        offsets = _offsets(self.tz)[first : last + 2]
-        if _IN_SECONDS in offsets:
-            return rollups.RAW
-        if _IN_MINUTES in offsets:
-            return "ohlc_1m"
-        return "ohlc_1h" if source == "ohlc_1d" else source
+    def source(self, low: int, high: int) -> str:
+        """The coarsest rollup that the bars from one edge to another can be made of."""
+        return _source(math.gcd(*(self.grid.even(low, high) or self.grid.edges(low, high))))
 
 
-@lru_cache(maxsize=64)
-def _offsets(tz: str) -> bytes:
-    """Whether a zone's offset is of whole hours, minutes or seconds, in each week of which something can be stored.
-
-    An offset lasts longer than a week. These are 30,000 looks, which take 10 ms.
-    """
-    moment = FIRST.astimezone(zone(tz))
-    found = bytearray()
-    kind, before = _IN_HOURS, timedelta(0)
-    for _ in range((LAST - FIRST) // _WEEK + 1):
-        offset = moment.utcoffset() or before
-        if offset is not before:
-            kind = _IN_SECONDS if offset.seconds % 60 else _IN_MINUTES if offset.seconds % 3600 else _IN_HOURS
-            before = offset
-        found.append(kind)
-        moment += _WEEK
-    return bytes(found)
+def _source(step: int) -> str:
+    """The coarsest rollup of which a number of seconds is a multiple."""
+    fitting = (name for name, width in rollups.ROLLUPS if not step % (width // timedelta(seconds=1)))
+    return next(fitting, rollups.RAW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,81 +122,350 @@ class Sources:
     rollups: bool
     floor: datetime | None
 
+    def have(self, price: BarPrice) -> bool:
+        """Whether rollups hold bars of a price."""
+        return self.rollups and price in ROLLED_UP
 
-async def statement(connection: Connection, sources: Sources, wanted: Range, spec: BarSpec, argument: Arguments) -> str:
-    """The statement for bars, read from the coarsest rollups that give them exactly.
 
-    Raises:
-        InvalidRequest: more bars would be filled than are at once.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The bars of a symbol from one edge to another, both in seconds since 1970, and the close before them."""
+
+    symbol: str
+    low: int
+    high: int
+    before: Decimal | None = None
+
+
+class BarReader:
+    """Reads the bars of a range, all of one kind, on one connection.
+
+    A range of more bars than are wanted is read a stretch at a time, from the end where the page begins, and where
+    there is nothing, from the next quote on.
     """
-    value = VALUES[spec.price]
-    of_quotes = (
-        f"timestamp, nanos, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,"
-        f" {value} * volume AS turnover, 1 AS count"
-    )
-    prefix = ROLLED_UP.get(spec.price, "")
-    of_bars = "timestamp, 0 AS nanos, " + ", ".join(f"{prefix}{name} AS {name}" for name in BAR_COLUMNS.split(", "))
-    first, end = ceil(wanted.start), ceil(wanted.end)
-    filled = spec.fill != "none"
-    if filled and (end - first) / spec.interval.width > _MOST_FILLED:
-        raise InvalidRequest(f"At most {_MOST_FILLED} bars of a symbol are filled at once.", parameter="fill")
-    found = await _stretches(connection, sources, first, end, spec)
-    bucket, bucket_end = _buckets(spec, argument)
 
-    def inner(span: Span | None) -> str:
-        parts = []
-        beyond = ""
-        for part in found:
-            # A filled bar may take its price from before the page, so each page looks at the whole range.
-            start = part.start if span is None or filled else max(part.start, ceil(span.start))
-            if start >= part.end:
+    def __init__(self, connection: Connection, sources: Sources, wanted: Range, spec: BarSpec) -> None:
+        self._connection = connection
+        self._sources = sources
+        self._wanted = wanted
+        self._spec = spec
+        self._newest = wanted.sort == "desc"
+        #: Of each symbol the seconds of its first and its last quote, or what stands in for them.
+        self._ends: dict[str, tuple[int, int]] = {}
+
+    async def read(
+        self, fetch: Callable[[str, Arguments], Awaitable[list[_T]]], symbol_of: Callable[[_T], str]
+    ) -> list[_T]:
+        """The rows that `fetch` makes of statements for bars; more than the limit, if more follow."""
+        wanted = self._wanted
+        left = {
+            span.symbol: _Part(span.symbol, self._spec.edge(span.start), self._spec.edge(span.stop))
+            for span in spans(wanted)
+        }
+        left = {symbol: part for symbol, part in left.items() if part.low < part.high}
+        found: dict[str, list[_T]] = {symbol: [] for symbol in left}
+        count = wanted.limit_per_symbol or wanted.limit + 1
+        if self._spec.filled or not self._are_whole(left.values(), count):
+            left = await self._clipped(left)
+        if self._spec.filled:
+            left = await self._begun(left)
+        while self._is_open(found, left):
+            windows, edges = self._windows(left.values(), count)
+            if self._spec.fill == "previous":
+                windows = await self._priced(windows, left)
+            argument = Arguments()
+            rows = await fetch(await self._statement(windows, edges, argument), argument)
+            self._take(rows, windows, found, left, symbol_of)
+            if not self._spec.filled and self._is_open(found, left):
+                await self._skip([left[window.symbol] for window in windows if window.symbol in left], left)
+            count *= _LONGER
+        return [row for symbol in found for row in found[symbol]]
+
+    def _is_open(self, found: Mapping[str, list[_T]], left: Mapping[str, _Part]) -> bool:
+        """Whether a row may be missing before the page is full."""
+        given = 0
+        for symbol, rows in found.items():
+            given += len(rows)
+            if given > self._wanted.limit:
+                return False
+            if symbol in left:
+                return True
+        return False
+
+    def _windows(self, parts: Iterable[_Part], count: int) -> tuple[list[_Part], Sequence[int] | None]:
+        """Of each part as many bars as are read at once, and their edges, None if they lie one width apart."""
+        grid, given = self._spec.grid, list(parts)
+        is_even = not self._spec.filled and grid.even(min(p.low for p in given), max(p.high for p in given)) is not None
+        count = count if is_even else min(count, _MOST_EDGES)
+        cut: dict[tuple[int, int], Sequence[int]] = {}
+        made = 0
+        windows: list[_Part] = []
+        for part in given:
+            bounds = part.low, part.high
+            if bounds not in cut:
+                if made > _MOST_EDGES and not is_even:
+                    break
+                cut[bounds] = grid.window(*bounds, count, newest=self._newest)
+                made += len(cut[bounds])
+            windows.append(replace(part, low=cut[bounds][0], high=cut[bounds][-1]))
+        return windows, None if is_even else sorted({edge for edges in cut.values() for edge in edges})
+
+    def _are_whole(self, parts: Iterable[_Part], count: int) -> bool:
+        """Whether all that is wanted is read at once."""
+        given = list(parts)
+        return not given or self._windows(given, count)[0] == given
+
+    def _take(
+        self,
+        rows: Sequence[_T],
+        windows: Sequence[_Part],
+        found: dict[str, list[_T]],
+        left: dict[str, _Part],
+        symbol_of: Callable[[_T], str],
+    ) -> None:
+        """Sort in what was read, and leave what was not."""
+        by_symbol: dict[str, list[_T]] = {}
+        for row in rows:
+            by_symbol.setdefault(symbol_of(row), []).append(row)
+        most = self._wanted.limit_per_symbol
+        cut_off = symbol_of(rows[-1]) if len(rows) > self._wanted.limit else None
+        for window in windows:
+            symbol = window.symbol
+            if symbol == cut_off and next(iter(left)) != symbol:
+                return  # some of its rows were left out, and the page goes on before it
+            found[symbol] = [*found[symbol], *by_symbol.get(symbol, ())][:most]
+            rest = replace(left[symbol], before=None)
+            rest = replace(rest, high=window.low) if self._newest else replace(rest, low=window.high)
+            left[symbol] = rest
+            if rest.low >= rest.high or len(found[symbol]) == most:
+                del left[symbol]
+            if symbol == cut_off:
+                return
+
+    async def _skip(self, parts: Sequence[_Part], left: dict[str, _Part]) -> None:
+        """Go on where the next quote is, if there is one."""
+        nearest = await self._nearest(parts, newest=self._newest)
+        for part in parts:
+            if part.symbol not in nearest:
+                del left[part.symbol]
                 continue
-            is_raw = part.source == rollups.RAW
-            if span is not None:
-                symbol = f"symbol = {argument(span.symbol)}"
-            elif filled:
-                symbol = "symbol = span.symbol"
+            at, _ = nearest[part.symbol]
+            if self._newest:
+                left[part.symbol] = replace(part, high=min(part.high, self._spec.grid.ceil(at + 1)))
             else:
-                beyond = beyond or f" + {argument(spec.interval.width + _LONG_DAY)}::interval"
-                symbol = f"{_OF_SPAN}{beyond})"
-            parts.append(f"""
-                SELECT {of_quotes if is_raw else of_bars} FROM quotes.{part.source}
-                WHERE {symbol} AND timestamp >= {argument(start)}::timestamptz
-                  AND timestamp < {argument(part.end)}::timestamptz
-                  {f"AND {value} IS NOT NULL" if is_raw else ""}""")
-        if not parts:  # the range begins where the calendar has no room for a bar
-            parts.append(f"SELECT {of_quotes} FROM quotes.real_time WHERE false")
-        # One ordered array gives both ends of a bar; the key's order makes its sort a no-op. Rows of a rollup without
-        # the price are passed over here: a condition on them would be planned into the query of each rollup, 0.5 ms.
-        bars = f"""
-            SELECT bucket, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
-                   volume, turnover, count
-            FROM (SELECT {bucket} AS bucket,
-                         array_agg(open ORDER BY timestamp, nanos) FILTER (WHERE open IS NOT NULL) AS opens,
-                         max(high) AS high, min(low) AS low,
-                         array_agg(close ORDER BY timestamp, nanos) FILTER (WHERE close IS NOT NULL) AS closes,
-                         sum(volume) AS volume,
-                         sum(turnover) AS turnover, sum(count)::bigint AS count
-                  FROM ({" UNION ALL ".join(parts)}) source
-                  GROUP BY bucket HAVING sum(count) > 0) grouped"""
-        if filled:
-            bars = _filled(bars, spec, first, end, argument)
-        low, high = "span.start", "span.stop"
-        if span is not None:
-            low, high = argument(ceil(span.start)), argument(ceil(span.stop))
+                left[part.symbol] = replace(part, low=max(part.low, self._spec.grid.floor(at)))
+
+    async def _clipped(self, left: Mapping[str, _Part]) -> dict[str, _Part]:
+        """The parts without what lies before the first and after the last quote; with gaps to fill, after now."""
+        grid, floor = self._spec.grid, self._sources.floor
+        now = _seconds(datetime.now(UTC) + AHEAD)
+        rows = await self._connection.fetch(_ENDS, list(left))
+        ends = {symbol: (_seconds(first), _seconds(last)) for symbol, first, last in rows}
+        if floor is not None:  # bars outlive their quotes
+            ends = {symbol: (EARLIEST, max(ends.get(symbol, (0, EARLIEST))[1], _seconds(floor))) for symbol in left}
+        self._ends = ends
+        if self._spec.filled:
+            clipped = [replace(left[s], high=min(left[s].high, grid.ceil(max(now, ends[s][1]) + 1))) for s in ends]
+        else:
+            clipped = [
+                replace(left[s], low=max(left[s].low, grid.floor(first)), high=min(left[s].high, grid.ceil(last + 1)))
+                for s, (first, last) in ends.items()
+            ]
+        return {part.symbol: part for part in sorted(clipped, key=attrgetter("symbol")) if part.low < part.high}
+
+    async def _begun(self, left: Mapping[str, _Part]) -> dict[str, _Part]:
+        """The parts from their first bar on, or from their beginning, where a bar before it is to be gone on with."""
+        bottom = EARLIEST if self._spec.fill == "previous" else self._spec.edge(self._wanted.start)
+        before = await self._nearest(
+            [replace(p, low=min(bottom, p.low), high=p.low) for p in left.values()], newest=True
+        )
+        after = await self._nearest([part for part in left.values() if part.symbol not in before], newest=False)
+        begun = {}
+        for symbol, part in left.items():
+            if symbol in before:
+                begun[symbol] = replace(part, before=before[symbol][1])
+            elif symbol in after:
+                begun[symbol] = replace(part, low=max(part.low, self._spec.grid.floor(after[symbol][0])))
+        return begun
+
+    async def _priced(self, windows: Sequence[_Part], left: Mapping[str, _Part]) -> list[_Part]:
+        """The windows with the close before each."""
+        unknown = [window for window in windows if window.before is None or window.low != left[window.symbol].low]
+        found = await self._nearest([replace(window, low=EARLIEST, high=window.low) for window in unknown], newest=True)
+        closes = {window.symbol: found.get(window.symbol, (0, None))[1] for window in unknown}
+        return [replace(window, before=closes.get(window.symbol, window.before)) for window in windows]
+
+    async def _nearest(self, parts: Sequence[_Part], *, newest: bool) -> dict[str, tuple[int, Decimal]]:
+        """Of each part the second of its first or last quote with the price, and that price.
+
+        What is looked through grows from a day on, so that a look locks few chunks beside those that it needs.
+        """
+        left: dict[str, tuple[int, int]] = {}
+        for part in parts:
+            first, last = self._ends[part.symbol]
+            left[part.symbol] = max(part.low, first), min(part.high, last + 1)
+        found: dict[str, tuple[int, Decimal]] = {}
+        look = _FIRST_LOOK
+        while left := {s: (low, high) for s, (low, high) in left.items() if low < high and s not in found}:
+            spans = {s: (max(low, high - look), high) if newest else (low, min(high, low + look))
+                     for s, (low, high) in left.items()}  # fmt: skip
+            argument = Arguments()
+            rows = await self._connection.fetch(self._look(spans, argument, newest=newest), *argument.values)
+            found |= {symbol: (_seconds(timestamp), close) for symbol, timestamp, close in rows}
+            left = {s: (left[s][0], low) if newest else (high, left[s][1]) for s, (low, high) in spans.items()}
+            look *= _LONGER
+        return found
+
+    def _look(self, spans: Mapping[str, tuple[int, int]], argument: Arguments, *, newest: bool) -> str:
+        """The statement for the first or the last quote with the price in each span."""
+        order = "DESC" if newest else "ASC"
+        value, floor = VALUES[self._spec.price], self._sources.floor
+        low, high = min(low for low, _ in spans.values()), max(high for _, high in spans.values())
+        given = ", ".join(
+            f"{argument(values)}::{kind}[]"
+            for values, kind in (
+                (list(spans), "text"),
+                ([moment(low) for low, _ in spans.values()], "timestamptz"),
+                ([moment(high) for _, high in spans.values()], "timestamptz"),
+            )
+        )
+
+        def look(relation: str, columns: str, close: str, low: datetime, high: datetime) -> str:
+            return f"""
+                (SELECT timestamp, {columns}, {close} AS close FROM quotes.{relation}
+                 WHERE symbol = span.symbol AND timestamp >= {argument(low)}::timestamptz
+                   AND timestamp < {argument(high)}::timestamptz
+                   AND timestamp >= span.low AND timestamp < span.high AND {close} IS NOT NULL
+                 ORDER BY timestamp {order}, {NANOS} {order} LIMIT 1)"""
+
+        looks = [look(rollups.RAW, NANOS, value, moment(low), moment(high))]
+        if (
+            floor is not None
+            and moment(low) < floor
+            and self._spec.interval.source != rollups.RAW
+            and self._sources.have(self._spec.price)
+        ):
+            close = f"{ROLLED_UP[self._spec.price]}close"
+            looks.append(look("ohlc_1m", f"0::smallint AS {NANOS}", close, moment(low), min(moment(high), floor)))
         return f"""
-            SELECT bucket AS timestamp, {BAR_COLUMNS}, {bucket_end} <= now() AS final FROM ({bars}) bars
-            WHERE bucket >= {low}::timestamptz AND bucket < {high}::timestamptz"""
+            SELECT span.symbol, quote.timestamp, quote.close FROM unnest({given}) AS span (symbol, low, high)
+            CROSS JOIN LATERAL (SELECT timestamp, close FROM ({" UNION ALL ".join(looks)}) looks
+                                ORDER BY timestamp {order}, {NANOS} {order} LIMIT 1) quote"""
 
-    return per_symbol(wanted, inner, f"{BAR_COLUMNS}, final", argument, of_bars=True)
+    async def _statement(self, windows: Sequence[_Part], edges: Sequence[int] | None, argument: Arguments) -> str:
+        """The statement for the bars of windows, from the coarsest rollups that give them exactly."""
+        low, high = min(window.low for window in windows), max(window.high for window in windows)
+        even = None if edges is not None else self._spec.grid.even(low, high)
+        if even is not None:
+            source, bounds = _source(math.gcd(*even)), ""
+            width = f"{argument(timedelta(seconds=even[0]))}::interval"
+            slot = f"date_bin({width}, timestamp, {argument(moment(even[1]))}::timestamptz)"
+            bucket = f"slot AS bucket, slot + {width} AS bucket_end"
+        else:
+            source = _source(math.gcd(*(edges or ())))
+            bounds = f"({argument([moment(edge) for edge in edges or ()])}::timestamptz[])"
+            slot = f"width_bucket(timestamp, {bounds})"
+            bucket = f"{bounds}[slot] AS bucket, {bounds}[slot + 1] AS bucket_end"
+        stretches = await self._stretches(source, moment(low), moment(high))
+        most = argument(self._wanted.limit_per_symbol or self._wanted.limit + 1)
+        order = ORDER[self._wanted.sort]
+
+        def bars(conditions: Mapping[rollups.Stretch, str], low: str = "", high: str = "", before: str = "") -> str:
+            parts = " UNION ALL ".join(self._part(part, condition) for part, condition in conditions.items())
+            # One ordered array gives both ends of a bar; the key's order makes its sort a no-op. Rows of a rollup
+            # without the price are passed over here: a condition on them would be planned into the query of each
+            # rollup, 0.5 ms.
+            found = f"""
+                SELECT {bucket}, opens[1] AS open, high, low, closes[cardinality(closes)] AS close,
+                       volume, turnover, count
+                FROM (SELECT {slot} AS slot,
+                             array_agg(open ORDER BY timestamp, {NANOS}) FILTER (WHERE open IS NOT NULL) AS opens,
+                             max(high) AS high, min(low) AS low,
+                             array_agg(close ORDER BY timestamp, {NANOS}) FILTER (WHERE close IS NOT NULL) AS closes,
+                             sum(volume) AS volume, sum(turnover) AS turnover, sum(count)::bigint AS count
+                      FROM ({parts}) source GROUP BY slot HAVING sum(count) > 0) grouped"""
+            if self._spec.filled:
+                found = _filled(found, bounds, low, high, before, self._spec.fill)
+            return f"""
+                SELECT bucket AS timestamp, {BAR_COLUMNS}, bucket_end <= now() AS final FROM ({found}) bars
+                ORDER BY bucket {order} LIMIT {most}"""
+
+        if len(windows) == 1:
+            # One symbol is in order as it comes, and its values are constants to the planner.
+            (window,) = windows
+            symbol = f"{argument(window.symbol)}::text"
+            inside = f"symbol = {symbol} AND timestamp >= {{}}::timestamptz AND timestamp < {{}}::timestamptz"
+            only = {part: inside.format(argument(part.start), argument(part.end)) for part in stretches}
+            given: tuple[str, str, str] | tuple[()] = ()
+            if self._spec.filled:
+                first, last = (f"{argument(moment(edge))}::timestamptz" for edge in (window.low, window.high))
+                previous = self._spec.fill == "previous"
+                given = first, last, f"{argument(window.before)}::numeric" if previous else ""
+            return f"SELECT {symbol} AS symbol, row.* FROM ({bars(only, *given)}) row"
+        # Beside the constant bounds of a stretch, bounds on the time alone would be counted twice by the planner, which
+        # then takes the stretch for a few rows; so those of the span are compared together with the symbol.
+        inside = (
+            "symbol = span.symbol AND timestamp >= {}::timestamptz AND timestamp < {}::timestamptz"
+            " AND (symbol, timestamp) >= (span.symbol, span.low) AND (symbol, timestamp) < (span.symbol, span.high)"
+        )
+        each = {part: inside.format(argument(part.start), argument(part.end)) for part in stretches}
+        spans = ", ".join(
+            f"{argument(values)}::{kind}[]"
+            for values, kind in (
+                ([window.symbol for window in windows], "text"),
+                ([moment(window.low) for window in windows], "timestamptz"),
+                ([moment(window.high) for window in windows], "timestamptz"),
+                ([window.before for window in windows], "numeric"),
+            )
+        )
+        return f"""
+            SELECT span.symbol, row.*
+            FROM (SELECT * FROM unnest({spans}) AS given (symbol, low, high, before) ORDER BY symbol COLLATE "C") span
+            CROSS JOIN LATERAL ({bars(each, "span.low", "span.high", "span.before")}) row
+            ORDER BY span.symbol COLLATE "C", row.timestamp {order}
+            LIMIT {argument(self._wanted.limit + 1)}"""
+
+    def _part(self, part: rollups.Stretch, condition: str) -> str:
+        """What bars are made of, of one stretch."""
+        if part.source != rollups.RAW:
+            prefix = ROLLED_UP[self._spec.price]
+            columns = ", ".join(f"{prefix}{name} AS {name}" for name in BAR_COLUMNS.split(", "))
+            return f"SELECT timestamp, 0 AS {NANOS}, {columns} FROM quotes.{part.source} WHERE {condition}"
+        value = VALUES[self._spec.price]
+        return f"""
+            SELECT timestamp, {NANOS}, {value} AS open, {value} AS high, {value} AS low, {value} AS close, volume,
+                   {value} * volume AS turnover, 1 AS count
+            FROM quotes.real_time WHERE {condition} AND {value} IS NOT NULL"""
+
+    async def _stretches(self, source: str, low: datetime, high: datetime) -> list[rollups.Stretch]:
+        """What to read where. Without rollups the views of their names would compute all bars of a symbol."""
+        if source == rollups.RAW or not self._sources.have(self._spec.price):
+            return [rollups.Stretch(rollups.RAW, low, high)]
+        return await rollups.stretches(self._connection, source, low, high, self._sources.floor)
 
 
-_OF_SPAN: Final = (
-    # Beside the constant bounds of the range, bounds on the time alone would be counted twice by the planner, which
-    # then takes the range for a few rows; so those of the span are compared together with the symbol.
-    "symbol = span.symbol AND (symbol, timestamp) >= (span.symbol, span.start)"
-    " AND (symbol, timestamp) < (span.symbol, span.stop"
-)
+def _seconds(at: datetime) -> int:
+    """The second that a moment lies in."""
+    return microseconds(at) // 10**6
+
+
+def _filled(bars: str, bounds: str, low: str, high: str, before: str, fill: Fill) -> str:
+    """The bars with one for each two neighbouring edges up to now; those that lie ahead of now stay."""
+    price = "NULL::numeric"
+    if fill == "previous":
+        price = f"coalesce(first_value(close) OVER (PARTITION BY run ORDER BY bucket), {before})"
+    return f"""
+        SELECT bucket, bucket_end, coalesce(open, {price}) AS open, coalesce(high, {price}) AS high,
+               coalesce(low, {price}) AS low, coalesce(close, {price}) AS close, volume, turnover,
+               coalesce(count, 0) AS count
+        FROM (SELECT bucket, slots.bucket_end, open, high, low, close, volume, turnover, count,
+                     count(close) OVER (ORDER BY bucket) AS run
+              FROM (SELECT * FROM unnest({bounds}, {bounds}[2:]) AS slot (bucket, bucket_end)
+                    WHERE bucket >= {low} AND bucket < {high}) slots
+              LEFT JOIN ({bars}) bars USING (bucket)
+              WHERE count IS NOT NULL OR bucket < now()) runs"""
+
+
 _REASONS: Final = """
 SELECT given.symbol, EXISTS (SELECT FROM quotes.latest held WHERE held.symbol = given.symbol),
        EXISTS (SELECT FROM quotes.real_time stored WHERE stored.symbol = given.symbol COLLATE "C"
@@ -232,18 +486,7 @@ async def reasons(
     if not symbols:
         return []
     # The bars that start in the range are of the quotes from the first start in it to the first one after it.
-    argument = Arguments()
-    bounds = argument([min(max(ceil(bound), FIRST), LAST) for bound in (wanted.start, wanted.end)])
-    bucket, bucket_end = _buckets(spec, argument)
-    rows = await connection.fetch(
-        f"""
-        SELECT CASE WHEN bucket < timestamp THEN {bucket_end} ELSE bucket END
-        FROM (SELECT n, timestamp, {bucket} AS bucket
-              FROM unnest({bounds}::timestamptz[]) WITH ORDINALITY AS given (timestamp, n)) bounds
-        ORDER BY n""",
-        *argument.values,
-    )
-    first, end = (row[0] for row in rows)
+    first, end = moment(spec.edge(wanted.start)), moment(spec.edge(wanted.end))
     statement, values = _REASONS.format(""), [list(symbols), first, end]
     if sources.rollups and sources.floor is not None and first < sources.floor:
         statement, values = _REASONS.format(_DROPPED), [*values, min(end, sources.floor)]
@@ -254,67 +497,16 @@ async def reasons(
     ]
 
 
-async def _stretches(
-    connection: Connection, sources: Sources, start: datetime, end: datetime, spec: BarSpec
-) -> list[rollups.Stretch]:
-    """What to read where. Without rollups the views of their names would compute all bars of a symbol."""
-    end = min(end, _LATEST_END) + spec.interval.width + _LONG_DAY
-    source = spec.source(start, end)
-    if not sources.rollups or spec.price not in ROLLED_UP or source == rollups.RAW:
-        return [rollups.Stretch(rollups.RAW, start, end)]
-    return await rollups.stretches(connection, source, start, end, sources.floor)
-
-
-def _buckets(spec: BarSpec, argument: Arguments) -> tuple[str, str]:
-    """The start of the bar that a row's `timestamp` falls in, and the end of the bar that starts at `bucket`."""
-    months = spec.interval.months
-    if not months:
-        width = f"{argument(timedelta(seconds=spec.interval.seconds))}::interval"
-        if spec.in_utc:
-            return f"date_bin({width}, timestamp, timestamptz '2000-01-03 00:00Z')", f"bucket + {width}"
-    tz = f"{argument(spec.tz)}::text"
-    local = f"(timestamp AT TIME ZONE {tz})"
-    if not months:
-        if not spec.of_days:
-            return f"date_bin({width}, timestamp, date_trunc('day', timestamp, {tz}))", f"bucket + {width}"
-        start = f"date_bin({width}, {local}, timestamp '2000-01-03')"
-        return f"{start} AT TIME ZONE {tz}", f"(bucket AT TIME ZONE {tz} + {width}) AT TIME ZONE {tz}"
-    ordinal = f"12 * (extract(year FROM {local}) - 2000) + extract(month FROM {local}) - 1"
-    count = f"{argument(months)}::int"
-    start = f"timestamp '2000-01-01' + make_interval(months => (floor(({ordinal}) / {count}) * {count})::int)"
-    end = f"bucket AT TIME ZONE {tz} + make_interval(months => {count})"
-    return f"({start}) AT TIME ZONE {tz}", f"({end}) AT TIME ZONE {tz}"
-
-
-def _filled(bars: str, spec: BarSpec, begin: datetime, stop: datetime, argument: Arguments) -> str:
-    """The bars of a symbol with the gaps after its first one in the range filled."""
-    start, end = f"{argument(begin)}::timestamptz", f"least({argument(stop)}::timestamptz, now())"
-    in_utc = spec.in_utc and not spec.interval.months
-    tz = "" if in_utc else f"{argument(spec.tz)}::text"
-    width = argument(timedelta(seconds=spec.interval.seconds) if not spec.interval.months else timedelta(0))
-    step = f"({width}::interval + make_interval(months => {argument(spec.interval.months)}::int))"
-    tick = "interval '1 microsecond'"
-    if in_utc:
-        series = f"generate_series(first, {end} - {tick}, {step}) AS bucket"
-    elif spec.of_days:
-        local = f"generate_series(first AT TIME ZONE {tz}, ({end} - {tick}) AT TIME ZONE {tz}, {step}) AS local"
-        series = f"{local} CROSS JOIN LATERAL (SELECT local AT TIME ZONE {tz} AS bucket) moment"
-    else:
-        days = f"generate_series(date_trunc('day', first AT TIME ZONE {tz}), {end} AT TIME ZONE {tz}, interval '1 day')"
-        series = (
-            f"{days} AS day CROSS JOIN LATERAL generate_series(day AT TIME ZONE {tz},"
-            f" (day + interval '1 day') AT TIME ZONE {tz} - {tick}, {step}) AS bucket"
-        )
-    prices = "NULL::numeric"
-    if spec.fill == "previous":
-        prices = "first_value(close) OVER (PARTITION BY run ORDER BY bucket)"
-    return f"""
-        SELECT bucket, coalesce(open, {prices}) AS open, coalesce(high, {prices}) AS high,
-               coalesce(low, {prices}) AS low, coalesce(close, {prices}) AS close, volume, turnover,
-               coalesce(count, 0) AS count
-        FROM (WITH bars AS ({bars})
-              SELECT bucket, open, high, low, close, volume, turnover, count,
-                     count(close) OVER (ORDER BY bucket) AS run
-              FROM (SELECT min(bucket) AS first FROM bars WHERE bucket >= {start}) begin
-              CROSS JOIN LATERAL (SELECT bucket FROM {series} WHERE bucket >= first AND bucket < {end}) slots
-              LEFT JOIN bars USING (bucket)) runs"""
+def complete_from(sources: Sources, wanted: Range, spec: BarSpec) -> datetime | None:
+    """Where the bars of the range begin to be whole, if they are of quotes of which retention has dropped some."""
+    low, high = spec.edge(wanted.start), spec.edge(wanted.end)
+    if sources.floor is None or low >= high:
+        return None
+    floor = spec.grid.ceil(-(-microseconds(sources.floor) // 10**6))
+    if low >= floor:
+        return None
+    if sources.have(spec.price):
+        last = spec.grid.window(low, min(high, floor), _FEW, newest=True)
+        if spec.source(last[0], last[-1]) != rollups.RAW:
+            return None
+    return moment(floor)

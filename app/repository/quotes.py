@@ -21,11 +21,13 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from operator import itemgetter
 from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
 from app.clock import Instant, Interval
+from app.days import MIDNIGHT, day_bounds
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
 from app.db.models import RealTimeQuote
@@ -37,7 +39,7 @@ from app.quote.rules import normal_symbol
 from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties, check_choice
 from app.repository import bars
 from app.repository.arguments import checked
-from app.repository.bars import Bar, BarPrice, BarSpec, Reason
+from app.repository.bars import Bar, BarPrice, BarReader, BarSpec, Fill, Reason
 from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
     Arguments,
@@ -47,10 +49,12 @@ from app.repository.ranges import (
     Span,
     checked_limit,
     checked_range,
-    day_bounds,
     normal_symbols,
     page,
+    page_of,
     per_symbol,
+    row_texts,
+    symbol_of,
     within,
 )
 from app.repository.receipts import IdempotencyKey
@@ -239,17 +243,20 @@ class QuoteRepository:
         return RealTimeQuote.of(rows[0]) if rows else None
 
     async def get_intraday_quotes(
-        self, symbol: str, day: date, *, tz: str = "UTC", limit: int = 1_000_000
+        self, symbol: str, day: date, *, tz: str = "UTC", day_start: str = MIDNIGHT, limit: int = 1_000_000
     ) -> list[RealTimeQuote]:
-        """The quotes of one calendar day of the time zone, by time; 23 or 25 hours when its clocks change.
+        """The quotes of one day of the time zone, by time; 23 or 25 hours when its clocks change, none if they skip it.
 
         Raises:
-            InvalidRequest: the symbol cannot exist, the zone is unknown, `day` is no date of the calendar, or the limit
-                no number of rows.
+            InvalidRequest: the symbol cannot exist, the zone is unknown, `day_start` is no time of day, `day` is no
+                date of the calendar, or the limit no number of rows.
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
-        start, end = day_bounds(day, tz)
+        start, end = day_bounds(day, tz, day_start)
+        if start == end:
+            normal_symbol(symbol), checked_limit(limit)
+            return []
         return await self.get_quotes(normal_symbol(symbol), start, end, limit=limit)
 
     async def get_symbols(self) -> list[SymbolSpan]:
@@ -305,12 +312,15 @@ class QuoteRepository:
         *,
         price: BarPrice = "last",
         tz: str = "UTC",
+        day_start: str = MIDNIGHT,
+        fill: Fill = "none",
         limit: int = 1000,
         sort: Sort = "asc",
     ) -> list[Bar]:
         """Up to `limit` bars that start in [`start`, `end`), by symbol, then by time.
 
-        `price` and `tz` are those of `BarSpec`; `vwap` is sum(price x volume) / sum(volume), None without volume.
+        `price`, `tz`, `day_start` and `fill` are those of `BarSpec`; `vwap` is sum(price x volume) / sum(volume), None
+        without volume.
 
         Raises:
             InvalidRequest: a symbol, the interval, the zone or a word has no meaning, a time is naive or none, the
@@ -318,17 +328,18 @@ class QuoteRepository:
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
-        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz)
+        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz, fill, day_start)
         wanted = checked_range(symbols, start, end, limit, sort)
 
         async def work(connection: Connection) -> list[Any]:
-            argument = Arguments()
-            statement = await bars.statement(connection, self._sources(), wanted, spec, argument)
-            return await connection.fetch(
-                "SELECT symbol, timestamp, open, high, low, close, volume,"
-                f" {VWAP}, count, final FROM ({statement}) bars",
-                *argument.values,
-            )
+            async def fetch(statement: str, argument: Arguments) -> list[Any]:
+                return await connection.fetch(
+                    "SELECT symbol, timestamp, open, high, low, close, volume,"
+                    f" {VWAP}, count, final FROM ({statement}) bars",
+                    *argument.values,
+                )
+
+            return await BarReader(connection, self._sources(), wanted, spec).read(fetch, itemgetter(0))
 
         return [Bar(*row) for row in (await self._read(work))[: wanted.limit]]
 
@@ -353,13 +364,18 @@ class QuoteRepository:
 
     async def _bars_page(self, wanted: Range, spec: BarSpec, row: str) -> tuple[Page, list[tuple[str, Reason]]]:
         async def work(connection: Connection) -> tuple[Page, list[tuple[str, Reason]]]:
-            argument = Arguments()
+            async def fetch(statement: str, argument: Arguments) -> list[str]:
+                return await row_texts(connection, statement, row, argument)
+
             sources = self._sources()
-            statement = await bars.statement(connection, sources, wanted, spec, argument)
-            found = await page(connection, statement, row, wanted, argument)
+            found = page_of(await BarReader(connection, sources, wanted, spec).read(fetch, symbol_of), wanted)
             return found, await bars.reasons(connection, sources, found.without_rows(wanted), wanted, spec)
 
         return await self._read(work)
+
+    def complete_from(self, wanted: Range, spec: BarSpec) -> datetime | None:
+        """Where the bars of a range begin to be whole, as `bars.complete_from`."""
+        return bars.complete_from(self._sources(), wanted, spec)
 
     async def latest_rows(self, symbols: Sequence[str] | None) -> tuple[str, list[str]]:
         """The newest quotes as joined JSON text, and the named symbols that have none.

@@ -9,14 +9,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, time, timedelta
-from functools import lru_cache
+from datetime import datetime
+from itertools import groupby
 from operator import index
 from types import MappingProxyType
 from typing import Any, Final, Literal
-from zoneinfo import ZoneInfo, available_timezones
 
-from app.clock import Instant, ceil, floor, nanoseconds, parse, rfc3339
+from app.clock import Instant, floor, nanoseconds, parse, rfc3339
 from app.db.engine import Connection
 from app.errors import InvalidRequest
 from app.quote.fields import NANOS
@@ -25,7 +24,7 @@ from app.quote.terms import check_choice
 
 Sort = Literal["asc", "desc"]
 #: In a statement stands the word from here, never the one that was given.
-_ORDER: Final[Mapping[str, str]] = MappingProxyType({"asc": "ASC", "desc": "DESC"})
+ORDER: Final[Mapping[str, str]] = MappingProxyType({"asc": "ASC", "desc": "DESC"})
 #: One more, as is asked for to see whether there are more, still fits into an integer of SQL.
 _MOST_ROWS: Final = 2**31 - 2
 
@@ -75,6 +74,11 @@ class Page:
     rows: list[str]
     next: Position | None
 
+    def reversed_in_time(self) -> "Page":
+        """The rows of each symbol the other way round."""
+        by_symbol = groupby(self.rows, symbol_of)
+        return Page([row for _, rows in by_symbol for row in reversed(list(rows))], self.next)
+
     def without_rows(self, wanted: Range) -> list[str]:
         """The symbols that this page and those before it are done with, and of which this page might have had rows."""
         after = wanted.after.symbol if wanted.after is not None else ""
@@ -121,10 +125,20 @@ def symbol_of(row: str) -> str:
 
 async def page(connection: Connection, relation: str, row: str, wanted: Range, argument: Arguments) -> Page:
     """A page of a relation of rows, each as the text of a JSON object."""
+    return page_of(await row_texts(connection, relation, row, argument), wanted)
+
+
+async def row_texts(connection: Connection, relation: str, row: str, argument: Arguments) -> list[str]:
+    """The rows of a relation, each as the text of a JSON object."""
     # The position is read from the last row's own text: a window function for it doubled the query's time.
     rows: list[str] = await connection.fetchval(
         f"SELECT coalesce(array_agg({row}), '{{}}') FROM ({relation}) found", *argument.values
     )
+    return rows
+
+
+def page_of(rows: list[str], wanted: Range) -> Page:
+    """A page of rows, of which there is one more than the limit if more follow."""
     if len(rows) <= wanted.limit:
         return Page(rows, None)
     del rows[wanted.limit :]
@@ -139,17 +153,15 @@ async def page(connection: Connection, relation: str, row: str, wanted: Range, a
     return Page(rows, Position(symbol, parse(last["timestamp"]), of_symbol))
 
 
-def per_symbol(
-    wanted: Range, inner: Callable[[Span | None], str], columns: str, argument: Arguments, *, of_bars: bool = False
-) -> str:
+def per_symbol(wanted: Range, inner: Callable[[Span | None], str], columns: str, argument: Arguments) -> str:
     """Run `inner` for each symbol on its part of the range and stop after one row more than the limit.
 
-    Quotes come in the order of their microsecond and the nanoseconds after it; bars begin at a microsecond.
+    Rows come in the order of their microsecond and the nanoseconds after it.
     """
     wanted_spans = spans(wanted)
     most = argument(wanted.limit + 1)
-    order = ("timestamp",) if of_bars else ("timestamp", NANOS)
-    direction = _ORDER[wanted.sort]
+    order = ("timestamp", NANOS)
+    direction = ORDER[wanted.sort]
     by = ", ".join(f"{column} {direction}" for column in order)
     if len(wanted_spans) == 1:
         # One symbol is in order as it comes, and its values are constants to the planner.
@@ -159,14 +171,13 @@ def per_symbol(
             FROM (SELECT {", ".join(order)}, {columns} FROM ({inner(span)}) part
                   ORDER BY {by} LIMIT {argument(span.rows)}) row
             LIMIT {most}"""
-    whole = ceil if of_bars else floor
     bounds = ", ".join(
         f"{argument(values)}::{kind}[]"
         for values, kind in (
             ([span.symbol for span in wanted_spans], "text"),
-            ([whole(span.start) for span in wanted_spans], "timestamptz"),
+            ([floor(span.start) for span in wanted_spans], "timestamptz"),
             ([span.start % 1000 for span in wanted_spans], "smallint"),
-            ([whole(span.stop) for span in wanted_spans], "timestamptz"),
+            ([floor(span.stop) for span in wanted_spans], "timestamptz"),
             ([span.stop % 1000 for span in wanted_spans], "smallint"),
             ([span.rows for span in wanted_spans], "int"),
         )
@@ -268,43 +279,3 @@ def normal_symbols(symbols: str | Iterable[str]) -> list[str]:
     if not isinstance(given, Iterable):
         raise InvalidRequest("symbols is a symbol, or several of them.", parameter="symbols")
     return [normal_symbol(symbol) for symbol in ([given] if isinstance(given, str) else given)]
-
-
-#: What a machine's directory of zones has besides: what is local there, and copies of zones with other seconds.
-_NO_ZONES: Final = frozenset({"localtime", "posixrules", "Factory"})
-
-
-@lru_cache(maxsize=1)
-def _zones() -> frozenset[str]:
-    """The zones of the tz database, by their names as it writes them."""
-    return frozenset(name for name in available_timezones() - _NO_ZONES if not name.startswith(("right/", "posix/")))
-
-
-def zone(name: str) -> ZoneInfo:
-    """A time zone by its IANA name.
-
-    Raises:
-        InvalidRequest: there is none of that name.
-    """
-    given: Any = name  # whatever a caller's own callers gave
-    # Never a path, of which ZoneInfo would open whatever file it leads to.
-    if not isinstance(given, str) or given not in _zones():
-        raise InvalidRequest("A time zone is an IANA name, as in America/New_York.", parameter="tz")
-    return ZoneInfo(given)
-
-
-def day_bounds(day: date, tz: str) -> tuple[datetime, datetime]:
-    """First instant of a calendar day of the zone, and of the next one, in UTC.
-
-    Raises:
-        InvalidRequest: the zone is unknown, the day is the last one there is, or none: a time has no day but in a zone.
-    """
-    if not isinstance(day, date) or isinstance(day, datetime):
-        raise InvalidRequest("A day is a date, not a time.", parameter="date")
-    local = zone(tz)
-    try:
-        following = day + timedelta(days=1)
-        bounds = (datetime.combine(day, time(), local), datetime.combine(following, time(), local))
-        return bounds[0].astimezone(UTC), bounds[1].astimezone(UTC)
-    except OverflowError as error:
-        raise InvalidRequest("The day lies outside of the calendar.", parameter="date") from error

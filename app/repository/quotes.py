@@ -416,7 +416,10 @@ class QuoteRepository:
         return text, last if count > limit else None
 
     def _sources(self) -> bars.Sources:
-        return bars.Sources(self._database.capability.level >= Level.COMMUNITY, self._database.facts.dropped_before)
+        level = self._database.capability.level
+        return bars.Sources(
+            level >= Level.COMMUNITY, self._database.facts.dropped_before, chunks=level > Level.POSTGRESQL
+        )
 
     async def _fetch(self, statement: str, argument: Arguments) -> list[Any]:
         return await self._read(lambda connection: connection.fetch(statement, *argument.values))

@@ -36,8 +36,10 @@ def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     return body
 
 
-def row(symbol: str, second: int = 0, price: Any = 1, **fields: Any) -> dict[str, Any]:
-    return {"symbol": symbol, "timestamp": f"2026-11-16T00:00:{second:02d}Z", "price": price, **fields}
+def row(symbol: str, at: int | datetime = 0, price: Any = 1, **fields: Any) -> dict[str, Any]:
+    """A quote of a moment, or so many seconds into 2026-11-16."""
+    timestamp = f"2026-11-16T00:00:{at:02d}Z" if isinstance(at, int) else at.isoformat()
+    return {"symbol": symbol, "timestamp": timestamp, "price": price, **fields}
 
 
 async def post(client: httpx.AsyncClient, rows: Any, **query: str) -> httpx.Response:
@@ -666,6 +668,73 @@ async def test_bars_of_a_time_zone(client: httpx.AsyncClient, symbol: str) -> No
     problem(
         await client.get("/v1/ohlc", params={**query, "interval": "7h", "tz": "Asia/Tokyo"}), 400, "invalid-request"
     )
+
+
+async def test_days_that_begin_in_the_evening(client: httpx.AsyncClient, symbol: str) -> None:
+    """Currency days, over the night in which New York's clocks change; one quote an hour."""
+    first = datetime(2025, 10, 30, 21, 30, tzinfo=UTC)
+    await post(client, [row(symbol, first + timedelta(hours=n), n) for n in range(1, 98)])
+    days = {"tz": "America/New_York", "day_start": "17:00"}
+    query = {"symbols": symbol, "start": "2025-10-30", "end": "2025-11-04", **days}
+    found = (await client.get("/v1/ohlc", params={**query, "interval": "1d"})).json()["bars"]
+    assert [(bar["timestamp"], bar["count"]) for bar in found] == [
+        ("2025-10-30T21:00:00Z", 23), ("2025-10-31T21:00:00Z", 24), ("2025-11-01T21:00:00Z", 25),
+        ("2025-11-02T22:00:00Z", 24), ("2025-11-03T22:00:00Z", 1),
+    ]  # fmt: skip
+    hours = (await client.get("/v1/ohlc", params={**query, "interval": "12h"})).json()["bars"]
+    assert [bar["count"] for bar in hours] == [11, 12, 12, 12, 12, 12, 1, 12, 12, 1]
+    day = await client.get("/v1/quotes/intraday", params={"symbol": symbol, "date": "2025-11-02", **days})
+    assert len(day.json()["quotes"]) == 25
+    problem(await client.get("/v1/ohlc", params={**query, "interval": "7h", "tz": "UTC"}), 400, "invalid-request")
+
+
+async def test_the_last_bars_of_each_symbol_wherever_they_lie(client: httpx.AsyncClient) -> None:
+    """They traded years apart, with gaps of which each is longer than all that was traded."""
+    long_ago, sparse, unknown = sorted_symbols(3)
+    await post(client, [row(long_ago, datetime(1990, 3, 4, hour, tzinfo=UTC), hour + 1) for hour in range(9)])
+    await post(client, [row(sparse, datetime(2000 + 5 * n, 3, 4, tzinfo=UTC), n + 1) for n in range(5)])
+    query = {"symbols": f"{sparse},{unknown},{long_ago}", "interval": "1s"}
+    for last in (1, 3, 5):
+        page = (await client.get("/v1/ohlc", params={**query, "last": last})).json()
+        assert [(bar["symbol"], bar["close"]) for bar in page["bars"]] == [
+            *((long_ago, close) for close in range(10 - last, 10)), *((sparse, close) for close in range(6 - last, 6)),
+        ]  # fmt: skip
+        assert (page["next_page_token"], page["missing"]) == (None, [{"symbol": unknown, "reason": "unknown"}])
+    before = (await client.get("/v1/ohlc", params={**query, "last": 2, "end": "2011-01-01"})).json()["bars"]
+    assert [bar["close"] for bar in before] == [8, 9, 2, 3]
+    days = await client.get("/v1/summary/daily", params={"symbols": query["symbols"], "last": 1})
+    assert [day["count"] for day in days.json()["summaries"]] == [9, 1]
+    for wrong in ({"sort": "desc"}, {"page_token": "x"}, {"last": 3334}, {"last": 0}):
+        answer = await client.get("/v1/ohlc", params={**query, "last": 1, **wrong})
+        assert [error["parameter"] for error in problem(answer, 400, "invalid-request")["errors"]] == ["last"]
+
+
+async def test_gaps_are_filled_from_before_the_range_and_hide_nothing(client: httpx.AsyncClient) -> None:
+    quiet, ahead = sorted_symbols(2)
+    now = datetime.now(UTC)
+    await post(client, [row(quiet, datetime(2001, 3, 4, tzinfo=UTC), 42)])
+    await post(client, [row(ahead, now - timedelta(seconds=30), 1), row(ahead, now + timedelta(seconds=50), 2)])
+    query = {"symbols": f"{quiet},{ahead}", "interval": "1s", "start": (now - timedelta(seconds=40)).isoformat()}
+    for fill, closes in (("none", set()), ("null", set()), ("previous", {(42, 0)})):
+        found = (await client.get("/v1/ohlc", params={**query, "fill": fill})).json()["bars"]
+        assert [bar["close"] for bar in found if bar["count"]] == [1, 2]
+        assert {(bar["close"], bar["count"]) for bar in found if bar["symbol"] == quiet} == closes
+    assert len((await client.get("/v1/quotes", params={"symbols": ahead})).json()["quotes"]) == 2
+
+
+@pytest.mark.parametrize(
+    "date", ["0", "1741046400", "1741046400000", "20250304", "2025-03-04T00:00:00Z", "2025-03-04T00:00:00+09:00", ""]
+)
+async def test_a_day_is_a_date(client: httpx.AsyncClient, date: str) -> None:
+    answer = await client.get("/v1/quotes/intraday", params={"symbol": "A", "date": date})
+    assert [error["parameter"] for error in problem(answer, 400, "invalid-request")["errors"]] == ["date"]
+
+
+async def test_a_date_that_the_clocks_skip_has_no_quotes(client: httpx.AsyncClient, symbol: str) -> None:
+    answer = await client.get(
+        "/v1/quotes/intraday", params={"symbol": symbol, "date": "2011-12-30", "tz": "Pacific/Apia"}
+    )
+    assert answer.json() == {"quotes": [], "next_page_token": None}
 
 
 async def test_count_estimate(client: httpx.AsyncClient, symbol: str) -> None:

@@ -71,6 +71,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "get_intraday_quotes symbol": ("symbols", lambda q, x: q.get_intraday_quotes(x, DAY)),
     "get_intraday_quotes day": ("date", lambda q, x: q.get_intraday_quotes("A", x)),
     "get_intraday_quotes tz": ("tz", lambda q, x: q.get_intraday_quotes("A", DAY, tz=x)),
+    "get_intraday_quotes day_start": ("day_start", lambda q, x: q.get_intraday_quotes("A", DAY, day_start=x)),
     "get_intraday_quotes limit": ("limit", lambda q, x: q.get_intraday_quotes("A", DAY, limit=x)),
     "count_quotes symbols": ("symbols", lambda q, x: q.count_quotes(x)),
     "count_quotes start": ("start", lambda q, x: q.count_quotes("A", x)),
@@ -82,6 +83,8 @@ CALLS: dict[str, tuple[str, Call]] = {
     "get_bars start": ("start", lambda q, x: q.get_bars("A", "1m", x, T1)),
     "get_bars price": ("price", lambda q, x: q.get_bars("A", "1m", T0, T1, price=x)),
     "get_bars tz": ("tz", lambda q, x: q.get_bars("A", "1m", T0, T1, tz=x)),
+    "get_bars day_start": ("day_start", lambda q, x: q.get_bars("A", "1d", T0, T1, day_start=x)),
+    "get_bars fill": ("fill", lambda q, x: q.get_bars("A", "1m", T0, T1, fill=x)),
     "get_bars limit": ("limit", lambda q, x: q.get_bars("A", "1m", T0, T1, limit=x)),
     "get_bars sort": ("sort", lambda q, x: q.get_bars("A", "1m", T0, T1, sort=x)),
     "bars_page wanted": ("wanted", lambda q, x: q.bars_page(x, BarSpec(Interval(1, "m")))),
@@ -146,7 +149,7 @@ def _is_default(name: str, value: object) -> bool:
 def test_every_method_and_parameter_is_called() -> None:
     given = {tuple(name.split()) for name in CALLS}
     methods = {name: m for name, m in inspect.getmembers(QuoteRepository, callable) if not name.startswith("_")}
-    exempt = {"open", "limits", "get_symbols"}
+    exempt = {"open", "limits", "get_symbols", "complete_from"}
     assert {method for method, _ in given} >= set(methods) - exempt
     for name, method in methods.items():
         hints = typing.get_type_hints(method) if name not in exempt else {}

@@ -20,15 +20,15 @@ from anyio import to_thread
 from typer.testing import CliRunner, Result
 
 from app import cli
-from app.clock import EPOCH, FIRST, LAST, Instant, Nanoseconds, nanoseconds, rfc3339
+from app.clock import EPOCH, FIRST, LAST, Instant, Interval, Nanoseconds, nanoseconds, rfc3339
 from app.db.capability import Level
 from app.db.embedded import embedded_postgres
-from app.db.engine import Database
+from app.db.engine import Database, read_facts
 from app.db.migrate import downgrade, migrate
 from app.errors import DatabaseUnavailable, InvalidQuotes, InvalidRequest, SettingsChanged
 from app.main import create_app
 from app.repository import maintenance
-from app.repository.bars import Bar, BarPrice
+from app.repository.bars import Bar, BarPrice, BarSpec
 from app.repository.maintenance import MaintenanceRepository, Window
 from app.repository.quotes import QuoteRepository
 from app.repository.ranges import Range
@@ -421,6 +421,43 @@ async def test_two_drops_at_once_are_done_or_say_why_not(store: Store) -> None:
     async with MaintenanceRepository.open(store.database, store.settings) as repository:
         assert await repository.expired(datetime.now(UTC)) == []
     assert await store.quotes.count_quotes("AAA") == 0
+
+
+async def test_bars_that_retention_has_cut_say_from_when_they_are(store: Store) -> None:
+    if store.database.capability.level < Level.COMMUNITY:
+        pytest.skip("no bars outlive their quotes here")
+    start = (NOW - 60 * DAY).replace(hour=0)
+    await store.fill("AAA", start, 3, timedelta(minutes=30), row=offer)
+    await store.maintain("apply", "--retention", "59 days", "--yes")
+    await store.maintain("drop")
+    async with store.database.dedicated() as connection:
+        store.database.facts = await read_facts(connection, store.database.facts)
+    kept = store.database.facts.dropped_before
+    assert kept == start + DAY
+    wanted = Range(["AAA"], nanoseconds(start), nanoseconds(start + 3 * DAY))
+    for spec, expected in (
+        (BarSpec(Interval(1, "d"), "bid"), kept),
+        (BarSpec(Interval(5, "s"), "mid"), kept),
+        (BarSpec(Interval(1, "d"), "mid"), None),
+        (BarSpec(Interval(1, "d"), "bid", "Etc/GMT+3"), kept + timedelta(hours=3)),
+        (BarSpec(Interval(1, "d"), "mid", "Asia/Kathmandu"), None),
+    ):
+        assert store.quotes.complete_from(wanted, spec) == expected
+        page, _ = await store.quotes.bars_page(wanted, spec)
+        starts = [datetime.fromisoformat(json.loads(text)["timestamp"]) for text in page.rows]
+        if expected is None:
+            assert starts[0] < kept, spec
+        else:
+            assert starts[starts[0] < expected] == expected, f"{spec}: at most one that is cut before it"
+        after = replace(wanted, start=nanoseconds(kept + DAY))
+        assert store.quotes.complete_from(after, spec) is None
+    newest = replace(wanted, limit=200, sort="desc", limit_per_symbol=200)
+    bars, _ = await store.quotes.bars_page(newest, BarSpec(Interval(10, "m"), "mid"))
+    assert len(bars.rows) == 3 * 48, "gaps are skipped below what was dropped too"
+    filled, _ = await store.quotes.bars_page(
+        replace(wanted, start=wanted.start + 60 * 10**9, limit=5000), BarSpec(Interval(1, "m"), "mid", fill="previous")
+    )
+    assert len(filled.rows) == 3 * 1440 - 1, "from the close of a rollup on"
 
 
 async def test_a_deletion_of_what_retention_took_says_so(store: Store) -> None:

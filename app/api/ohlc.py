@@ -107,8 +107,8 @@ class SummaryQuery(PagedQuery):
         default=None,
         ge=1,
         le=_MOST_ROWS,
-        description="The newest so many of each symbol, wherever they lie before `end`, in ascending order, on one page"
-        f" of at most {_MOST_ROWS:,}.",
+        description="The newest so many of each symbol, wherever they lie before `end` and from `start` on, if it is"
+        f" given; in ascending order, on one page of at most {_MOST_ROWS:,}.",
     )
     price: BarPrice = Field(
         default="last",

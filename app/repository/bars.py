@@ -359,7 +359,7 @@ class BarReader:
         """The statement for the bars of windows, from the coarsest rollups that give them exactly."""
         low, high = min(window.low for window in windows), max(window.high for window in windows)
         even = None if edges is not None else self._spec.grid.even(low, high)
-        looked_up = self._looked_up(windows)
+        looked_up = self._looked_up(windows, high - low)
         if looked_up:
             edges, even = edges or self._spec.grid.edges(low, high), None
         if even is not None:
@@ -439,7 +439,7 @@ class BarReader:
             ORDER BY span.symbol COLLATE "C", row.timestamp {order}
             LIMIT {argument(self._wanted.limit + 1)}"""
 
-    def _looked_up(self, windows: Sequence[_Part]) -> bool:
+    def _looked_up(self, windows: Sequence[_Part], whole: int) -> bool:
         """Whether each bar is read from the quotes by itself: in their order, so that nothing is sorted.
 
         A month of one quote a second takes half as long so, and a bar without quotes 3 us. Where there are chunks, each
@@ -447,8 +447,8 @@ class BarReader:
         """
         if self._sources.chunks:
             return False
-        whole = timedelta(seconds=sum(window.high - window.low for window in windows))
-        return whole <= _MOST_LOOKED_UP * self._spec.interval.width
+        longest = max(whole, sum(window.high - window.low for window in windows))
+        return timedelta(seconds=longest) <= _MOST_LOOKED_UP * self._spec.interval.width
 
     def _part(self, part: rollups.Stretch, condition: str) -> str:
         """What bars are made of, of one stretch."""

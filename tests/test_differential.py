@@ -2,29 +2,33 @@
 
 Seeded sequences of ingest, late rows, corrections, merges, deletes, refresh, compression, decompression and retention
 run on each lane, over trades and quotes of one side or both that lie nanoseconds apart. Invariant: after every
-operation range, latest, count and bars of trades and mids equal the model, the rollups being as stale as the sequence
-left them. Plain PostgreSQL runs the operations that it has.
+operation range, latest, count and bars of trades and mids, of any days, filled or not, page by page, equal the model,
+the rollups being as stale as the sequence left them. Plain PostgreSQL runs the operations that it has.
 
 DIFFERENTIAL_SEQUENCES sets how many sequences run (300 for a full run); DIFFERENTIAL_SEED repeats a run, and
 DIFFERENTIAL_FIRST begins later in it, so that one sequence can be repeated, or a run be shared out.
 """
 
+import json
 import os
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from typing import Any, Final
 
 import pytest
 
-from app.clock import floor, nanoseconds, rfc3339_nano
+from app.clock import Interval, floor, nanoseconds, rfc3339_nano
 from app.db.capability import Level
 from app.db.engine import Connection, Database, read_facts
 from app.db.migrate import migrate
 from app.quote.fields import COLUMNS, VALUES
-from app.repository.bars import Bar, BarPrice
+from app.repository.bars import Bar, BarPrice, BarSpec, Fill
 from app.repository.quotes import QuoteRepository
+from app.repository.ranges import Range, Sort
+from tests import oracle
 from tests.conftest import Lane, about, patiently, random_symbol
 
 SEQUENCES: Final = int(os.environ.get("DIFFERENTIAL_SEQUENCES", "5"))
@@ -43,6 +47,16 @@ INTERVALS: Final = (
 ROLLUPS: Final = (("ohlc_1m", timedelta(minutes=1)), ("ohlc_1h", timedelta(hours=1)), ("ohlc_1d", DAY))
 ORIGIN: Final = datetime(2000, 1, 3, tzinfo=UTC)
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+#: New York changes its clocks in March and November, Lord Howe by half an hour in April and October.
+ZONES: Final = (
+    "UTC",
+    "America/New_York",
+    "Australia/Lord_Howe",
+    "Asia/Kathmandu",
+    "Africa/Casablanca",
+    "Europe/Berlin",
+)
+FILLS: Final[tuple[Fill, ...]] = ("none", "none", "null", "previous")
 PRICES: Final[tuple[BarPrice, ...]] = ("last", "mid")
 
 #: Symbol, and nanoseconds since 1970.
@@ -116,6 +130,33 @@ class Model:
                 bucket = row["timestamp"] - (row["timestamp"] - ORIGIN) % width
                 grouped.setdefault((row["symbol"], bucket), []).append((value, row["volume"]))
         return [(*place, *_bar(values)) for place, values in grouped.items()]
+
+    def bars_between(self, starts: list[datetime], edges: list[datetime], symbol: str, spec: BarSpec) -> list[Any]:
+        """A symbol's bars with these starts, gaps filled as asked for."""
+        values = [
+            (row["timestamp"], (value, row["volume"]))
+            for key, row in sorted(self.rows.items())
+            if key[0] == symbol and (value := _value(row, spec.price)) is not None
+        ]
+        close = None
+        if spec.fill == "previous" and starts:
+            close = next((value for at, (value, _) in reversed(values) if at < starts[0]), None)
+        begun, bars = close is not None, []
+        for slot in oracle.slots(edges, values):
+            if slot.start not in starts:
+                continue
+            if slot.values:
+                bars.append((symbol, slot.start, *_bar(list(slot.values))))
+                begun, close = True, slot.values[-1][0] if spec.fill == "previous" else None
+            elif begun and spec.fill != "none":
+                bars.append((symbol, slot.start, *[close] * 4, None, None, 0))
+        return bars
+
+
+def _of_json(text: str) -> tuple[Any, ...]:
+    row = json.loads(text, parse_float=Decimal, parse_int=Decimal)
+    names = ("open", "high", "low", "close", "volume", "vwap", "count")
+    return (row["symbol"], datetime.fromisoformat(row["timestamp"]), *(row[name] for name in names))
 
 
 def _value(row: Row, price: BarPrice) -> Decimal | None:
@@ -341,6 +382,8 @@ class Sequence:
                 bars = await quotes.get_bars(self.symbols, interval, start, end, price=price, limit=100_000)
                 assert tuples(bars) == model.bars(width, price), f"bars of {interval}, {price}"
         await self.compare_a_range(start)
+        for _ in range(3):
+            await self.compare_pages_of_bars()
 
     async def compare_a_range(self, start: datetime) -> None:
         """A range that begins and ends anywhere: the quotes in it, and the bars that start in it, whole."""
@@ -358,6 +401,34 @@ class Sequence:
         bars = await quotes.get_bars(self.symbols, interval, low, high, price=price, limit=100_000)
         expected = [bar for bar in model.bars(width, price) if low <= bar[1] < high]
         assert tuples(bars) == expected, f"bars of {interval}, {price}, from {low} to {high}"
+
+    async def compare_pages_of_bars(self) -> None:
+        """Bars of any kind that begin in any range, page by page in either order, or the last ones."""
+        rng = self.rng
+        interval = rng.choice(("1m", "15m", "1h", "4h", "12h", "1d", "2d", "1w", "1M"))
+        tz, day_start = rng.choice(ZONES), rng.choice(("00:00", "00:00", "17:00", "09:30"))
+        spec = BarSpec(Interval.parse(interval), rng.choice(PRICES), tz, rng.choice(FILLS), day_start)
+        low = self.now - SPAN + rng.random() * (SPAN - DAY)
+        high = min(low + rng.randint(1, 60) * spec.interval.width, self.now)
+        last = rng.choice((None, None, rng.randint(1, 5)))
+        sort: Sort = "desc" if last else rng.choice(("asc", "desc"))
+        edges = oracle.edges(interval, tz, day_start, low, high + spec.interval.width + 2 * DAY)
+        expected = []
+        for symbol in self.symbols:
+            bars = self.model.bars_between([edge for edge in edges[:-1] if edge < high], edges, symbol, spec)
+            bars = bars[-last:] if last else bars
+            expected += bars[::-1] if sort == "desc" else bars
+        limit = last * len(self.symbols) if last else rng.choice((1, 2, 7, 1000))
+        wanted = Range(self.symbols, nanoseconds(low), nanoseconds(high), limit, sort, last)
+        found: list[tuple[Any, ...]] = []
+        while True:
+            page, _ = await self.quotes.bars_page(wanted, spec)
+            found += [_of_json(row) for row in page.rows]
+            if page.next is None:
+                break
+            assert len(page.rows) == limit
+            wanted = replace(wanted, after=page.next)
+        assert found == expected, f"{spec}, {sort} by {limit}, last {last}, from {low} to {high}"
 
     async def run(self) -> None:
         if self.community:

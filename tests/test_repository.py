@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import combinations, pairwise
@@ -810,6 +811,41 @@ async def test_any_number_of_gaps_is_filled_page_by_page(quotes: QuoteRepository
     step = 10**9 if sort == "asc" else -(10**9)
     assert times[0] == (N0 + 10 * 10**9 if sort == "asc" else N0 + 20_019 * 10**9)
     assert all(b - a == step for a, b in pairwise(times))
+    bars = await quotes.get_bars(symbol, "1s", N0 + 20 * 10**9, last, fill="previous", limit=25_000, sort=sort)
+    assert [bar.close for bar in bars if bar.timestamp < T0 + timedelta(seconds=20_015)] == [7] * 19_995 * (
+        sort == "asc"
+    )
+    assert [bar.close for bar in bars if bar.timestamp >= T0 + timedelta(seconds=20_015)] == [8] * (
+        5_005 if sort == "asc" else 25_000
+    )
+
+
+@pytest.mark.parametrize("sort", ["asc", "desc"])
+@pytest.mark.parametrize("limit", [1, 3, 5, 20])
+async def test_pages_of_symbols_with_and_without_gaps(quotes: QuoteRepository, sort: Sort, limit: int) -> None:
+    """What was read of a later symbol while an earlier one has more of its range left is neither lost nor twice."""
+    symbols = sorted(random_symbol() for _ in range(5))
+    minutes = ([0, 999], range(900, 930), [500], range(0, 1000, 90), [0, 1, 2, 998, 999])
+    await quotes.bulk_insert(
+        [quote(symbol, 60 * at) for symbol, given in zip(symbols, minutes, strict=True) for at in given]
+    )
+    wanted = Range(symbols, N0, N0 + 1000 * 60 * 10**9, limit, sort)
+    expected = [
+        (s, 60 * at)
+        for s, given in zip(symbols, minutes, strict=True)
+        for at in (given if sort == "asc" else given[::-1])
+    ]
+    found: list[tuple[str, int]] = []
+    while True:
+        page, missing = await quotes.bars_page(wanted, BarSpec(Interval(1, "m")))
+        assert missing == []
+        rows = [json.loads(text) for text in page.rows]
+        found += [(row["symbol"], (parse(row["timestamp"]) - N0) // 10**9) for row in rows]
+        if page.next is None:
+            break
+        assert len(rows) == limit
+        wanted = replace(wanted, after=page.next)
+    assert found == expected
 
 
 async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, symbol: str) -> None:

@@ -226,24 +226,19 @@ class BarReader:
         left: dict[str, _Part],
         symbol_of: Callable[[_T], str],
     ) -> None:
-        """Sort in what was read, and leave what was not."""
+        """Sort in what was read, and leave what was not; where a statement had too many rows, these fill the page."""
         by_symbol: dict[str, list[_T]] = {}
         for row in rows:
             by_symbol.setdefault(symbol_of(row), []).append(row)
         most = self._wanted.limit_per_symbol
-        cut_off = symbol_of(rows[-1]) if len(rows) > self._wanted.limit else None
         for window in windows:
             symbol = window.symbol
-            if symbol == cut_off and next(iter(left)) != symbol:
-                return  # some of its rows were left out, and the page goes on before it
             found[symbol] = [*found[symbol], *by_symbol.get(symbol, ())][:most]
             rest = replace(left[symbol], before=None)
             rest = replace(rest, high=window.low) if self._newest else replace(rest, low=window.high)
             left[symbol] = rest
             if rest.low >= rest.high or len(found[symbol]) == most:
                 del left[symbol]
-            if symbol == cut_off:
-                return
 
     async def _skip(self, parts: Sequence[_Part], left: dict[str, _Part]) -> None:
         """Go on where the next quote is, if there is one."""

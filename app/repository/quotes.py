@@ -39,7 +39,8 @@ from app.quote.rules import normal_symbol
 from app.quote.terms import Consistency, Limits, OnConflict, OnError, Prices, Receipt, Terms, Ties, check_choice
 from app.repository import bars
 from app.repository.arguments import checked
-from app.repository.bars import Bar, BarPrice, BarReader, BarSpec, Fill, Reason
+from app.repository.bar_pages import BarReader
+from app.repository.bars import Bar, BarPrice, BarSpec, Fill, Reason
 from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
     Arguments,

@@ -59,6 +59,12 @@ class Stretch:
     end: datetime
 
 
+def coarsest(step: int) -> str:
+    """The coarsest rollup of which a number of seconds is a multiple."""
+    fitting = (name for name, width in ROLLUPS if not step % (width // timedelta(seconds=1)))
+    return next(fitting, RAW)
+
+
 async def stretches(
     connection: Connection, source: str, start: datetime, end: datetime, floor: datetime | None
 ) -> list[Stretch]:

@@ -26,7 +26,7 @@ CLIENTS: Final = 8
 #: Locks that a statement may hold, however long the history; a refused one fails for all clients alike.
 MOST: Final = {
     "latest": 10, "range of a day": 20, "range of a nanosecond": 20, "count of a day": 20, "bars of a day": 60,
-    "bars of a week": 80, "bars of mids": 60, "what has no bars": 80,
+    "bars of a week": 80, "bars of mids": 60, "newest bar": 60, "gaps": 80, "what has no bars": 80,
 }  # fmt: skip
 
 
@@ -110,6 +110,8 @@ async def test_locks_do_not_grow_with_the_history(lane: Lane, empty_url: str, re
             "bars of a day": lambda q: q.get_bars(symbol, "5m", at - DAY, at),
             "bars of a week": lambda q: q.get_bars(symbol, "1h", at - 7 * DAY, at),
             "bars of mids": lambda q: q.get_bars(symbol, "5m", at - DAY, at, price="mid"),
+            "newest bar": lambda q: q.get_bars(symbol, "1h", at - 365 * DAY, at, limit=1, sort="desc"),
+            "gaps": lambda q: q.get_bars(symbol, "1h", at - DAY, at, fill="previous", tz="America/New_York"),
             "what has no bars": lambda q: q.bars_page(
                 Range(["NOBODY", symbol], nanoseconds(at - DAY), nanoseconds(at - DAY / 2)), BarSpec(Interval(1, "h"))
             ),

@@ -34,7 +34,8 @@ ODD: Final = (
 )  # fmt: skip
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2038, 1, 1, tzinfo=UTC)
 DAY: Final = timedelta(days=1)
-INTERVALS: Final = ("1m", "1h", "4h", "12h", "1d", "2d", "1w", "1M", "3M")
+INTERVALS: Final = ("30m", "1h", "4h", "12h", "1d", "2d", "1w", "1M", "3M")
+pytestmark = pytest.mark.timeout(1800 if WHOLE else 240)
 STARTS: Final = ("00:00", "17:00", "02:30", "09:30")
 
 
@@ -43,20 +44,20 @@ def second(at: datetime) -> int:
 
 
 def around(interval: str) -> timedelta:
-    return {"m": 12 * timedelta(hours=1), "h": 3 * DAY, "d": 5 * DAY, "w": 22 * DAY, "M": 130 * DAY}[interval[-1]]
+    return {"m": DAY, "h": 3 * DAY, "d": 5 * DAY, "w": 22 * DAY, "M": 130 * DAY}[interval[-1]]
 
 
 @pytest.mark.parametrize("part", range(16))
 def test_edges_are_those_of_the_oracle(part: int) -> None:
-    """Around each change; the whole takes six minutes."""
+    """Around each change; the whole takes eight minutes."""
     rng = random.Random(f"{SEED}/{part}")
     zones = ALL[part::16] if WHOLE else [ODD[part], rng.choice(ALL)]
+    # Zones whose clocks never change are looked at on one day.
+    still = [datetime(2026, 3, 1, tzinfo=UTC)]
     for tz in zones:
-        found = oracle.changes(tz, FIRST, LAST, timedelta(hours=12 if WHOLE else 60)) or [
-            datetime(2026, 3, 1, tzinfo=UTC)
-        ]
+        found = oracle.changes(tz, FIRST, LAST, timedelta(hours=12 if WHOLE else 60)) or still
         for change in found if WHOLE else rng.sample(found, min(len(found), 5)):
-            for interval in INTERVALS if not WHOLE else INTERVALS[1:]:
+            for interval in INTERVALS:
                 for day_start in STARTS[:3] if WHOLE else ("00:00", rng.choice(STARTS[1:])):
                     check_edges(interval, tz, day_start, change, rng)
 

@@ -684,8 +684,7 @@ async def test_days_of_a_time_zone(quotes: QuoteRepository, symbol: str, tz: str
         symbol, interval, start - timedelta(days=60), start + timedelta(days=90), tz=tz, limit=1000
     )
     found = [
-        (bar.timestamp.astimezone(ZoneInfo(tz)), int(bar.open), int(bar.high), int(bar.low), int(bar.close), bar.count)
-        for bar in bars
+        (bar.timestamp.astimezone(ZoneInfo(tz)), bar.open, bar.high, bar.low, bar.close, bar.count) for bar in bars
     ]
     assert all(at.time() == time() for at, *_ in found), "bars begin at local midnight"
     assert [(at.date(), *rest) for at, *rest in found] == wanted.rows()
@@ -851,9 +850,9 @@ async def test_pages_of_symbols_with_and_without_gaps(quotes: QuoteRepository, s
 async def test_a_bar_starts_in_the_range_and_is_whole(quotes: QuoteRepository, symbol: str) -> None:
     await quotes.bulk_insert([quote(symbol, 60 * i, i + 1) for i in range(180)])
     bars = await quotes.get_bars(symbol, "1h", T0 + timedelta(minutes=1), T0 + timedelta(hours=2, minutes=1))
-    assert [(bar.timestamp - T0, int(bar.open), int(bar.close), bar.count) for bar in bars] == [
-        (timedelta(hours=1), 61, 120, 60),
-        (timedelta(hours=2), 121, 180, 60),
+    assert [(bar.timestamp - T0, bar.open, bar.close, bar.count) for bar in bars] == [
+        (timedelta(hours=1), Decimal(61), Decimal(120), 60),
+        (timedelta(hours=2), Decimal(121), Decimal(180), 60),
     ]
 
 

@@ -82,14 +82,17 @@ class BarSpec:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One OHLC bar. `timestamp` is its start in UTC; `final` says that its end has passed."""
+    """One OHLC bar; its prices are None in a gap that is filled with nulls.
+
+    `timestamp` is its start in UTC; `final` says that its end has passed.
+    """
 
     symbol: str
     timestamp: datetime
-    open: Decimal
-    high: Decimal
-    low: Decimal
-    close: Decimal
+    open: Decimal | None
+    high: Decimal | None
+    low: Decimal | None
+    close: Decimal | None
     volume: Decimal | None
     vwap: Decimal | None
     count: int

@@ -434,8 +434,8 @@ async def _require_known(database: Database) -> None:
     from app.db.migrate import head, known, newer_schema  # noqa: PLC0415  Alembic, which nothing else here needs
 
     async def work(connection: Connection) -> Any:
-        if await connection.fetchval("SELECT has_table_privilege(to_regclass('alembic_version'), 'SELECT')"):
-            return await connection.fetchval("SELECT version_num FROM alembic_version")
+        if await connection.fetchval("SELECT has_table_privilege(to_regclass('quotes.alembic_version'), 'SELECT')"):
+            return await connection.fetchval("SELECT version_num FROM quotes.alembic_version")
         return None
 
     revision = await database.read(work)

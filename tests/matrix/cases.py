@@ -57,7 +57,7 @@ HOSTILE: Final = (
     "search_path = nowhere", "TimeZone = 'Pacific/Chatham'", "DateStyle = 'SQL, DMY'", "IntervalStyle = sql_standard",
     "bytea_output = escape", "extra_float_digits = -15", "standard_conforming_strings = off",
     "quote_all_identifiers = on", "array_nulls = off", "transform_null_equals = on", "client_encoding = LATIN1",
-    "client_min_messages = debug1", "statement_timeout = 20", "lock_timeout = 2000", "idle_session_timeout = 50",
+    "client_min_messages = debug1", "statement_timeout = 20", "lock_timeout = 2000", "idle_session_timeout = 500",
     "idle_in_transaction_session_timeout = 1", "enable_seqscan = off", "work_mem = '64kB'", "jit_above_cost = 0",
     "plan_cache_mode = force_generic_plan", "max_parallel_workers_per_gather = 0", "default_statistics_target = 1",
 )  # fmt: skip
@@ -85,7 +85,7 @@ CASES: Final = (
     _unseen("client_min_messages", "debug1"),
     _overridden("statement_timeout", "20", "20 ms"),
     _overridden("idle_in_transaction_session_timeout", "1", "1 ms"),
-    _overridden("idle_session_timeout", "50", "50 ms"),
+    _overridden("idle_session_timeout", "500", "500 ms"),
     _overridden("lock_timeout", "1", "1 ms", needed="0"),
     _overridden("transaction_timeout", "50", "50 ms", needed="0"),
     Case("default_transaction_read_only = on", ("default_transaction_read_only = on",),

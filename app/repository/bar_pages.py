@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from operator import attrgetter
 from typing import Final, TypeVar
 
@@ -24,8 +25,9 @@ from app.repository.ranges import ORDER, Arguments, Range, spans
 _T = TypeVar("_T")
 #: Edges that one statement takes, unless they lie one width apart; to make and to send 10,000 takes 15 ms.
 _MOST_EDGES: Final = 10_000
-#: By how much longer each further stretch is, of those read for a page and of those looked through for a quote.
-_LONGER: Final = 4
+#: By how much longer a further stretch of a page is at most, and each further one that is looked through for a quote.
+_MOST_LONGER: Final = 64
+_LONGER: Final = 8
 _FIRST_LOOK: Final = 86_400
 #: Bars that are read one by one.
 _MOST_LOOKED_UP: Final = 1000
@@ -62,11 +64,8 @@ class BarReader:
         self, fetch: Callable[[str, Arguments], Awaitable[list[_T]]], symbol_of: Callable[[_T], str]
     ) -> list[_T]:
         """The rows that `fetch` makes of statements for bars; more than the limit, if more follow."""
-        wanted = self._wanted
-        left = {
-            span.symbol: _Part(span.symbol, self._spec.edge(span.start), self._spec.edge(span.stop))
-            for span in spans(wanted)
-        }
+        wanted, edge = self._wanted, cache(self._spec.edge)
+        left = {span.symbol: _Part(span.symbol, edge(span.start), edge(span.stop)) for span in spans(wanted)}
         left = {symbol: part for symbol, part in left.items() if part.low < part.high}
         found: dict[str, list[_T]] = {symbol: [] for symbol in left}
         count = wanted.limit_per_symbol or wanted.limit + 1
@@ -83,7 +82,8 @@ class BarReader:
             self._take(rows, windows, found, left, symbol_of)
             if not self._spec.filled and self._is_open(found, left):
                 await self._skip([left[window.symbol] for window in windows if window.symbol in left], left)
-            count *= _LONGER
+            if rows:  # as many as seem to be needed, by how many of those that were read there were
+                count *= min(2 + count * len(windows) // len(rows), _MOST_LONGER)
         return [row for symbol in found for row in found[symbol]]
 
     def _is_open(self, found: Mapping[str, list[_T]], left: Mapping[str, _Part]) -> bool:

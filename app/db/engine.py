@@ -47,6 +47,8 @@ Work: TypeAlias = Callable[[Connection], Awaitable[T]]
 _SILENCE: Final = 0.5
 #: Seconds that opening a connection has at least: a handful of round trips over a network, and a server's fork.
 _OPENING: Final = 1.0
+#: Seconds until a pool without a connection asks a full server for one again.
+_FULL: Final = 0.1
 #: The pool itself says first that all of its connections are busy.
 _AFTER_POOL: Final = 0.1
 #: Renewals of a pool closer together than this are one: a server may stay read-only for longer than a request.
@@ -386,24 +388,24 @@ class Database:
 
     async def _check_out(self, stack: AsyncExitStack, within: float, read: bool) -> AsyncConnection:
         """Whoever the server refuses a connection waits for one of those that are open."""
-        async with asyncio.timeout(min(self._patience + _AFTER_POOL, within)) as limit:
+        until = time.monotonic() + min(self._settings.pool_timeout.total_seconds(), within)
+        async with asyncio.timeout(min(self._patience + _AFTER_POOL, within)):
             while True:
                 async with AsyncExitStack() as held:
                     if self._turns is not None:
-                        ends = limit.when() or math.inf
-                        left = min(
-                            self._settings.pool_timeout.total_seconds(), ends - asyncio.get_running_loop().time()
-                        )
-                        await self._turns.take(left, read=read)
+                        await self._turns.take(until - time.monotonic(), read=read)
                         held.callback(self._turns.give, read=read)
                     try:
                         pooled = await held.enter_async_context(self.engine.connect())
                     except Exception as error:
-                        if self._turns is None or not full(error) or not self._turns.lessen():
+                        if self._turns is None or not full(error) or until - time.monotonic() < _FULL:
                             raise
-                        continue
-                    stack.push_async_exit(held.pop_all())
-                    return pooled
+                        alone = not self._turns.lessen()
+                    else:
+                        stack.push_async_exit(held.pop_all())
+                        return pooled
+                if alone:
+                    await asyncio.sleep(_FULL)  # others have them all
 
     async def read(self, work: Work[T], consistency: Consistency = "eventual") -> T:
         """What `work` reads; without replicas, `consistency` makes no difference.
@@ -484,7 +486,7 @@ class Database:
         """A connection for a look at the server, each statement for `timeout` seconds.
 
         It is a new one, so that it leads where new ones lead. Where the server has none to spare it is that of the look
-        before, which a pool keeps, as long as others are open: a full server is as well as they are.
+        before, which a pool keeps, or else one of the pool's: a full server is as well as they are.
 
         Raises:
             DatabaseUnavailable: no connection within `timeout` seconds, or it broke.
@@ -494,10 +496,17 @@ class Database:
             try:
                 driver = await self.open(timeout, timedelta(seconds=timeout))
             except asyncpg.TooManyConnectionsError:
-                pooled = any(isinstance(one, _Pooled) and not one.is_closed() for one in list(self._opened))
-                if self._probe is None or self._probe.is_closed() or not pooled:
+                if self._turns is None:
                     raise
-                driver, self._probe = self._probe, None
+                kept, self._probe = self._probe, None
+                pooled = any(isinstance(one, _Pooled) and not one.is_closed() for one in list(self._opened))
+                if kept is None or kept.is_closed() or not pooled:
+                    async with self.acquire(timeout) as driver:
+                        yield driver
+                        if driver.is_in_transaction():
+                            driver.terminate()
+                    return
+                driver = kept
             try:
                 yield driver
             except BaseException:

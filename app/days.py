@@ -21,8 +21,8 @@ from app.errors import InvalidRequest
 
 _DAY: Final = 86_400
 _WEEK: Final = 7 * _DAY
-#: Before and after all that is stored there is room for the longest interval, and for the clocks to change.
-_ROOM: Final = 11 * 366 * _DAY
+#: Before and after all that is stored there is room for two of the longest interval, and for the clocks to change.
+_ROOM: Final = 2 * 11 * 366 * _DAY
 EARLIEST: Final = microseconds(FIRST) // 10**6 - _ROOM
 LATEST: Final = microseconds(LAST) // 10**6 + _ROOM
 #: An edge lies so far at most from where a clock without changes would have it: 25 hours, where a zone crossed the date
@@ -121,6 +121,16 @@ def moment(edge: int) -> datetime:
     return EPOCH + timedelta(seconds=edge)
 
 
+def beginning(day: date, tz: str, day_start: str = MIDNIGHT) -> int:
+    """Where a day of the zone begins, in seconds since 1970-01-01T00:00Z; the next one's for a date that it skips.
+
+    Raises:
+        InvalidRequest: the zone is unknown, or `day_start` is no time of day.
+    """
+    zone(tz)
+    return _first_shown(tz, [_DAY * (day.toordinal() - _EPOCH_DAY) + _shift(day_start)])[0]
+
+
 def day_bounds(day: date, tz: str, day_start: str = MIDNIGHT) -> tuple[datetime, datetime]:
     """Where a day of the zone begins, and where it ends, in UTC; both are the same for a date that its clocks skip.
 
@@ -130,10 +140,9 @@ def day_bounds(day: date, tz: str, day_start: str = MIDNIGHT) -> tuple[datetime,
     """
     if not isinstance(day, date) or isinstance(day, datetime):
         raise InvalidRequest("A day is a date, not a time.", parameter="date")
-    zone(tz)
-    shown = _DAY * (day.toordinal() - _EPOCH_DAY) + _shift(day_start)
     try:
-        return moment(_first_shown(tz, [shown])[0]), moment(_first_shown(tz, [shown + _DAY])[0])
+        begin = moment(beginning(day, tz, day_start))
+        return begin, moment(beginning(day + timedelta(days=1), tz, day_start))
     except OverflowError as error:
         raise InvalidRequest("The day lies outside of the calendar.", parameter="date") from error
 

@@ -631,9 +631,10 @@ async def test_a_reason_is_about_the_bars_that_start_in_the_range(client: httpx.
     assert await missing("2026-11-02", "2026-11-30", "1M") == nothing
     assert await missing("2026-11-01", "2026-11-02", "1M") == {quoted: "no-trades"}
     night = {"tz": "America/New_York"}
-    assert await missing("2026-11-16", "2026-11-16T05:00:00Z", **night) == nothing, "the 16th begins at 05:00 in UTC"
+    assert await missing("2026-11-16T00:00:00Z", "2026-11-16T05:00:00Z", **night) == nothing, "the day is from 05:00"
     assert await missing("2026-11-16T05:00:00.000000001Z", "2026-11-17T05:00:00Z", **night) == nothing
     assert await missing("2026-11-16T05:00:00Z", "2026-11-16T06:00:00Z", **night) == {quoted: "no-trades"}
+    assert await missing("2026-11-16", "2026-11-16T06:00:00Z", **night) == {quoted: "no-trades"}, "of the zone"
     assert await missing("0001-01-01", "9999-12-31", "3650d", **night) == {quoted: "no-trades"}
 
 
@@ -675,7 +676,7 @@ async def test_days_that_begin_in_the_evening(client: httpx.AsyncClient, symbol:
     first = datetime(2025, 10, 30, 21, 30, tzinfo=UTC)
     await post(client, [row(symbol, first + timedelta(hours=n), n) for n in range(1, 98)])
     days = {"tz": "America/New_York", "day_start": "17:00"}
-    query = {"symbols": symbol, "start": "2025-10-30", "end": "2025-11-04", **days}
+    query = {"symbols": symbol, "start": "2025-10-30", "end": "2025-11-05", **days}
     found = (await client.get("/v1/ohlc", params={**query, "interval": "1d"})).json()["bars"]
     assert [(bar["timestamp"], bar["count"]) for bar in found] == [
         ("2025-10-30T21:00:00Z", 23), ("2025-10-31T21:00:00Z", 24), ("2025-11-01T21:00:00Z", 25),
@@ -688,7 +689,7 @@ async def test_days_that_begin_in_the_evening(client: httpx.AsyncClient, symbol:
     problem(await client.get("/v1/ohlc", params={**query, "interval": "7h", "tz": "UTC"}), 400, "invalid-request")
 
 
-async def test_the_last_bars_of_each_symbol_wherever_they_lie(client: httpx.AsyncClient) -> None:
+async def test_the_last_rows_of_each_symbol_wherever_they_lie(client: httpx.AsyncClient) -> None:
     """They traded years apart, with gaps of which each is longer than all that was traded."""
     long_ago, sparse, unknown = sorted_symbols(3)
     await post(client, [row(long_ago, datetime(1990, 3, 4, hour, tzinfo=UTC), hour + 1) for hour in range(9)])
@@ -704,9 +705,39 @@ async def test_the_last_bars_of_each_symbol_wherever_they_lie(client: httpx.Asyn
     assert [bar["close"] for bar in before] == [8, 9, 2, 3]
     days = await client.get("/v1/summary/daily", params={"symbols": query["symbols"], "last": 1})
     assert [day["count"] for day in days.json()["summaries"]] == [9, 1]
+    named = {"symbols": query["symbols"]}
+    quotes = (await client.get("/v1/quotes", params={**named, "last": 2})).json()
+    assert [(found["symbol"], found["price"]) for found in quotes["quotes"]] == [
+        (long_ago, 8), (long_ago, 9), (sparse, 4), (sparse, 5),
+    ]  # fmt: skip
+    assert quotes["next_page_token"] is None
+    within = named | {"start": "2004-01-01", "end": "2011-01-01", "last": "3"}
+    assert [found["price"] for found in (await client.get("/v1/quotes", params=named | within)).json()["quotes"]] == [
+        2,
+        3,
+    ]
     for wrong in ({"sort": "desc"}, {"page_token": "x"}, {"last": 3334}, {"last": 0}):
-        answer = await client.get("/v1/ohlc", params={**query, "last": 1, **wrong})
-        assert [error["parameter"] for error in problem(answer, 400, "invalid-request")["errors"]] == ["last"]
+        for path, given in (("/v1/ohlc", query), ("/v1/quotes", named)):
+            answer = await client.get(path, params={**given, "last": 1, **wrong})
+            assert [error["parameter"] for error in problem(answer, 400, "invalid-request")["errors"]] == ["last"]
+    both = await client.get("/v1/quotes", params={**named, "last": 1, "limit_per_symbol": 1})
+    assert problem(both, 400, "invalid-request")["errors"][0]["parameter"] == "limit_per_symbol"
+
+
+async def test_a_date_begins_where_its_zone_has_it(client: httpx.AsyncClient, symbol: str) -> None:
+    await post(client, [row(symbol, datetime(2026, 3, day, 12, tzinfo=UTC), day) for day in range(1, 8)])
+    query = {"symbols": symbol, "interval": "1d", "start": "2026-03-02", "end": "2026-03-04"}
+    for how, begins in (
+        ({}, "2026-03-02T00:00:00Z"), ({"tz": "Asia/Tokyo"}, "2026-03-01T15:00:00Z"),
+        ({"tz": "America/New_York", "day_start": "17:00"}, "2026-03-01T22:00:00Z"),
+    ):  # fmt: skip
+        bars = (await client.get("/v1/ohlc", params={**query, **how})).json()["bars"]
+        assert [bar["close"] for bar in bars] == [2, 3]
+        assert bars[0]["timestamp"] == begins
+    plain = await client.get(f"/v1/ohlc?symbols={symbol}&interval=1d&tz=Etc/GMT+5&start=2026-03-02&end=2026-03-03")
+    assert plain.json()["bars"][0]["timestamp"] == "2026-03-02T05:00:00Z"
+    last = await client.get("/v1/ohlc", params={**query, "start": "9999-12-31", "end": "9999-12-31", "tz": "Etc/GMT+5"})
+    assert problem(last, 400, "invalid-request")["errors"][0]["parameter"] == "start"
 
 
 async def test_gaps_are_filled_from_before_the_range_and_hide_nothing(client: httpx.AsyncClient) -> None:
@@ -737,11 +768,17 @@ async def test_a_date_that_the_clocks_skip_has_no_quotes(client: httpx.AsyncClie
     assert answer.json() == {"quotes": [], "next_page_token": None}
 
 
-async def test_count_estimate(client: httpx.AsyncClient, symbol: str) -> None:
+async def test_count_estimate(client: httpx.AsyncClient, symbol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await post(client, [row(symbol)])
     exact = {"symbols": symbol, "start": "2026-11-16", "end": "2026-11-17"}
     assert (await client.get("/v1/quotes/count", params=exact)).json() == {"count": 1, "exact": True}
-    assert (await client.get("/v1/quotes/count", params={**exact, "estimate": True})).json()["exact"] is False
+    for wanted, count in ((exact, 1), ({"symbols": random_symbol()}, 0)):
+        few = await client.get("/v1/quotes/count", params={**wanted, "estimate": True})
+        assert few.json() == {"count": count, "exact": True}
+    monkeypatch.setattr("app.repository.quotes.EXACT", 0)
+    monkeypatch.setattr("app.api.quotes.EXACT", 0)
+    many = (await client.get("/v1/quotes/count", params={**exact, "estimate": True})).json()
+    assert (many["count"] >= 1, many["exact"]) == (True, False)
 
 
 async def test_fifty_thousand_quotes_in_any_order(client: httpx.AsyncClient) -> None:

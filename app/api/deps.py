@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache, partial
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl, quote, urlencode
@@ -26,7 +26,8 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
 from app.api.shares import Claim, Shares
-from app.clock import NotAnInstant, floor, microseconds, parse, rfc3339_nano
+from app.clock import NotAnInstant, floor, microseconds, nanoseconds, parse, rfc3339_nano
+from app.days import EARLIEST, beginning
 from app.errors import (
     BodyTooLarge,
     Forbidden,
@@ -42,7 +43,7 @@ from app.quote.batch import Batch
 from app.quote.rules import normal_symbol
 from app.quote.terms import AHEAD, Consistency, Terms
 from app.repository.quotes import QuoteRepository
-from app.repository.ranges import Page, Position
+from app.repository.ranges import Page, Position, Range, Sort
 from app.settings import Settings
 from app.writer import Writer
 
@@ -239,6 +240,16 @@ def _time(value: object) -> int:
     return instant
 
 
+def _bound(value: object) -> object:
+    """As `_time`, but a date stays one: its day begins where its zone has it."""
+    return date.fromisoformat(value) if isinstance(value, str) and _DATE.fullmatch(value) else _time(value)
+
+
+def _zone(value: object) -> object:
+    """A name of a zone, in which a `+` that was not encoded has come as a blank."""
+    return value.replace(" ", "+") if isinstance(value, str) else value
+
+
 def _day(value: object) -> object:
     if isinstance(value, str) and not _DATE.fullmatch(value):
         raise PydanticCustomError("date_format", "Input should be a date, as in 2026-11-20")
@@ -260,6 +271,9 @@ def _normal(value: list[str]) -> list[str]:
 
 #: Nanoseconds since 1970.
 Time = Annotated[int, BeforeValidator(_time), WithJsonSchema({"type": "string", "format": "date-time"})]
+#: The same, or a date, to be read by `instant`.
+Bound = Annotated[int | date, BeforeValidator(_bound), WithJsonSchema({"type": "string", "format": "date-time"})]
+Zone = Annotated[str, BeforeValidator(_zone), Field(max_length=64)]
 #: A date, and nothing that would have to be taken for one.
 Day = Annotated[date, BeforeValidator(_day)]
 Symbols = Annotated[list[str], BeforeValidator(_split), AfterValidator(_normal)]
@@ -268,10 +282,13 @@ START: Final = (
     "First instant of the range, RFC 3339 with an offset and up to nine digits of fraction, or a date for its midnight"
     " in UTC."
 )
+BOUND: Final = START.replace("its midnight in UTC", "the start of its day")
 END: Final = "End of the range, exclusive. Default: after all that was acknowledged."
 DAY_START: Final = "When days begin in `tz`, HH:MM; from 12:00 on it is on the evening before the day's date."
 #: Nanoseconds from now to the end of what may have been stored.
 JUST_TAKEN: Final = AHEAD // timedelta(microseconds=1) * 1000 + 1000
+#: Rows of a page.
+MOST_ROWS: Final = 10_000
 SYMBOLS: Final = "Symbols, separated by commas."
 
 
@@ -308,8 +325,21 @@ class ReadQuery(Query):
 class PagedQuery(ReadQuery):
     """Parameters of every paged route."""
 
-    limit: int = Field(default=1000, ge=1, le=10_000, description="Most rows of one page.")
+    limit: int = Field(default=1000, ge=1, le=MOST_ROWS, description="Most rows of one page.")
     page_token: str | None = Field(default=None, max_length=512, description="`next_page_token` of the last page.")
+
+
+class LastQuery(PagedQuery):
+    """Parameters of the routes that give the last rows of each symbol, too."""
+
+    sort: Sort = Field(default="asc", description="Order of time within a symbol.")
+    last: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_ROWS,
+        description="The newest so many of each symbol, wherever they lie before `end` and from `start` on, if it is"
+        f" given; in ascending order, on one page of at most {MOST_ROWS:,}.",
+    )
 
 
 def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
@@ -325,6 +355,11 @@ def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
             f"{len(symbols)} symbols; at most {settings.max_symbols} are taken at once.", parameter="symbols"
         )
     return list(symbols)
+
+
+def instant(bound: int | date, tz: str, day_start: str) -> int:
+    """Nanoseconds since 1970 of a bound, that of a date being the start of its day in a zone."""
+    return bound if isinstance(bound, int) else 10**9 * beginning(bound, tz, day_start)
 
 
 def check_range(start: int, end: int) -> None:
@@ -372,6 +407,24 @@ def issue_token(request: Request, settings: Settings, position: Position, start:
     payload = msgspec.json.encode(token)
     key = settings.page_token_key.get_secret_value().encode()
     return base64.urlsafe_b64encode(_sign(key, request, payload) + payload).decode().rstrip("=")
+
+
+def newest(
+    symbols: Sequence[str], start: int | None, end: int | None, query: LastQuery, last: int
+) -> tuple[Range, Paging]:
+    """The range of the last rows of each symbol, to be read from its end, and turned round.
+
+    Raises:
+        InvalidRequest: they are wanted in another order or from a page on, or do not fit one.
+    """
+    if query.sort == "desc" or query.page_token is not None:
+        raise InvalidRequest("The last rows come on one page, in ascending order.", parameter="last")
+    if last * len(symbols) > MOST_ROWS:
+        raise InvalidRequest(f"The last {last} rows of {len(symbols)} symbols do not fit a page.", parameter="last")
+    end = nanoseconds(datetime.now(UTC)) + JUST_TAKEN if end is None else end
+    paging = Paging(EARLIEST * 10**9 if start is None else start, end, None)
+    check_range(paging.start, paging.end)
+    return Range(symbols, paging.start, paging.end, last * len(symbols), "desc", last), paging
 
 
 def read_token(request: Request, settings: Settings, text: str) -> Paging:

@@ -11,32 +11,34 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from app import formats
 from app.api.deps import (
+    BOUND,
     DAY_START,
     END,
     JUST_TAKEN,
-    START,
     SYMBOLS,
-    PagedQuery,
+    Bound,
+    LastQuery,
     Paging,
     Symbols,
-    Time,
     Wired,
+    Zone,
     check_range,
+    instant,
+    newest,
     page_response,
     read_token,
     resolve_symbols,
 )
 from app.api.problems import responses
 from app.clock import Interval, floor, nanoseconds, rfc3339
-from app.days import EARLIEST, MIDNIGHT
+from app.days import MIDNIGHT
 from app.errors import InvalidRequest
 from app.repository.bars import BarPrice, BarSpec, Fill, Reason
-from app.repository.ranges import Range, Sort
+from app.repository.ranges import Range
 
 router = APIRouter(prefix="/v1", tags=["bars"])
 
 _DEFAULT_BARS: Final = 100
-_MOST_ROWS: Final = 10_000
 COMPLETE_FROM: Final = (
     "Start of the first bar that is whole, where bars are of quotes of which retention has dropped those of the range's"
     " beginning; else null."
@@ -96,20 +98,12 @@ class SummaryPage(BaseModel):
     complete_from: AwareDatetime | None = Field(description=COMPLETE_FROM)
 
 
-class SummaryQuery(PagedQuery):
+class SummaryQuery(LastQuery):
     """Parameters of daily summaries."""
 
     symbols: Symbols = Field(description=SYMBOLS)
-    start: Time | None = Field(default=None, description=START + " Default: 100 bars before `end`.")
-    end: Time | None = Field(default=None, description=END)
-    sort: Sort = Field(default="asc", description="Order of time within a symbol.")
-    last: int | None = Field(
-        default=None,
-        ge=1,
-        le=_MOST_ROWS,
-        description="The newest so many of each symbol, wherever they lie before `end` and from `start` on, if it is"
-        f" given; in ascending order, on one page of at most {_MOST_ROWS:,}.",
-    )
+    start: Bound | None = Field(default=None, description=BOUND + " Default: 100 bars before `end`.")
+    end: Bound | None = Field(default=None, description=END)
     price: BarPrice = Field(
         default="last",
         description="What the bars are of: `last`, prices of trades; `bid`, `ask`; `mid`, (bid + ask) / 2 of quotes"
@@ -125,7 +119,7 @@ class BarsQuery(SummaryQuery):
         description="`<n>s`, `<n>m`, `<n>h`, `<n>d`, `<n>w` or `<n>M` (months); also `5Min`, `1Hour`, `1Day`.",
         examples=["1m", "5m", "1h", "1d"],
     )
-    tz: str = Field(default="UTC", max_length=64, description="IANA time zone in which days begin.")
+    tz: Zone = Field(default="UTC", description="IANA time zone in which days begin.")
     day_start: str = Field(default=MIDNIGHT, max_length=5, description=DAY_START)
     fill: Fill = Field(
         default="none",
@@ -134,33 +128,23 @@ class BarsQuery(SummaryQuery):
     )
 
 
-def _page(request: Request, query: SummaryQuery, interval: Interval, wired: Wired) -> tuple[Range, Paging]:
+def _page(request: Request, query: SummaryQuery, spec: BarSpec, wired: Wired) -> tuple[Range, Paging]:
     formats.writer(request.headers.get("accept"))
     symbols = resolve_symbols(query.symbols, wired.settings)
+    bounds = (query.start, query.end)
+    start, end = (None if bound is None else instant(bound, spec.tz, spec.day_start) for bound in bounds)
     if query.last is not None:
-        return _newest(query, symbols, query.last)
+        return newest(symbols, start, end, query, query.last)
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
         now = nanoseconds(datetime.now(UTC))
-        end = now + JUST_TAKEN if query.end is None else query.end
-        start = query.start
         if start is None:
-            start = nanoseconds(_bars_before(floor(now if query.end is None else end), interval.width))
+            start = nanoseconds(_bars_before(floor(now if end is None else end), spec.interval.width))
+        end = now + JUST_TAKEN if end is None else end
         paging = Paging(start, end, None)
     check_range(paging.start, paging.end)
     return Range(symbols, paging.start, paging.end, query.limit, query.sort, None, paging.after), paging
-
-
-def _newest(query: SummaryQuery, symbols: Sequence[str], last: int) -> tuple[Range, Paging]:
-    if query.sort == "desc" or query.page_token is not None:
-        raise InvalidRequest("The last bars come on one page, in ascending order.", parameter="last")
-    if last * len(symbols) > _MOST_ROWS:
-        raise InvalidRequest(f"The last {last} bars of {len(symbols)} symbols do not fit a page.", parameter="last")
-    end = nanoseconds(datetime.now(UTC)) + JUST_TAKEN if query.end is None else query.end
-    paging = Paging(EARLIEST * 10**9 if query.start is None else query.start, end, None)
-    check_range(paging.start, paging.end)
-    return Range(symbols, paging.start, paging.end, last * len(symbols), "desc", last), paging
 
 
 def _about(wired: Wired, wanted: Range, spec: BarSpec, missing: Sequence[tuple[str, Reason]]) -> dict[str, Any]:
@@ -183,7 +167,7 @@ def _bars_before(end: datetime, width: timedelta) -> datetime:
 async def list_bars(request: Request, query: Annotated[BarsQuery, QueryParameters()], wired: Wired) -> Response:
     """OHLC bars that start in a time range, of any interval, in any time zone."""
     spec = BarSpec(Interval.parse(query.interval), query.price, query.tz, query.fill, query.day_start)
-    wanted, paging = _page(request, query, spec.interval, wired)
+    wanted, paging = _page(request, query, spec, wired)
     async with wired.reading(request):
         page, missing = await wired.quotes.at(query.consistency).bars_page(wanted, spec)
     page = page if query.last is None else page.reversed_in_time()
@@ -196,7 +180,7 @@ async def list_daily_summaries(
 ) -> Response:
     """One line a symbol and UTC day: OHLC, volume, VWAP, range and change."""
     spec = BarSpec(Interval(1, "d"), query.price)
-    wanted, paging = _page(request, query, spec.interval, wired)
+    wanted, paging = _page(request, query, spec, wired)
     async with wired.reading(request):
         page, missing = await wired.quotes.at(query.consistency).summary_page(wanted, query.price)
     page = page if query.last is None else page.reversed_in_time()

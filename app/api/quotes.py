@@ -16,6 +16,7 @@ from app.api.deps import (
     START,
     SYMBOLS,
     Day,
+    LastQuery,
     PagedQuery,
     Paging,
     Query,
@@ -24,9 +25,11 @@ from app.api.deps import (
     Symbols,
     Time,
     Wired,
+    Zone,
     check_range,
     encoded,
     json_response,
+    newest,
     page_response,
     read_token,
     require_admin,
@@ -35,8 +38,10 @@ from app.api.deps import (
 from app.api.problems import responses
 from app.clock import nanoseconds
 from app.days import MIDNIGHT, day_bounds, day_of
+from app.errors import InvalidRequest
 from app.quote.model import StoredQuote
 from app.quote.rules import normal_symbol
+from app.repository.quotes import EXACT
 from app.repository.ranges import Page, Range, Sort
 
 router = APIRouter(prefix="/v1", tags=["quotes"])
@@ -80,13 +85,12 @@ class Deleted(BaseModel):
     deleted: int
 
 
-class QuotesQuery(PagedQuery):
+class QuotesQuery(LastQuery):
     """Parameters of a range."""
 
     symbols: Symbols = Field(description=SYMBOLS)
     start: Time | None = Field(default=None, description=START + " Default: 24 hours before `end`.")
     end: Time | None = Field(default=None, description=END)
-    sort: Sort = Field(default="asc", description="Order of time within a symbol.")
     limit_per_symbol: int | None = Field(default=None, ge=1, le=1_000_000, description="Most rows of one symbol.")
 
 
@@ -95,7 +99,7 @@ class IntradayQuery(PagedQuery):
 
     symbol: str = Field(description="One symbol.")
     date: Day | None = Field(default=None, description="Calendar day in `tz`, YYYY-MM-DD. Default: today.")
-    tz: str = Field(default="UTC", max_length=64, description="IANA time zone of the day.")
+    tz: Zone = Field(default="UTC", description="IANA time zone of the day.")
     day_start: str = Field(default=MIDNIGHT, max_length=5, description=DAY_START)
     sort: Sort = Field(default="asc", description="Order of time.")
 
@@ -112,7 +116,9 @@ class CountQuery(ReadQuery):
     symbols: Symbols | None = Field(default=None, description=SYMBOLS + " Default: all.")
     start: Time | None = Field(default=None, description=START + " Default: the oldest quote.")
     end: Time | None = Field(default=None, description="End of the range, exclusive. Default: the newest quote.")
-    estimate: bool = Field(default=False, description="The planner's guess instead of a count; at no cost.")
+    estimate: bool = Field(
+        default=False, description=f"The planner's guess of more than {EXACT:,}; what is fewer is counted."
+    )
 
 
 @router.delete("/quotes", response_model=Deleted, responses=responses(400, 403, 503))
@@ -129,6 +135,13 @@ async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParam
     """Quotes of a time range, page by page; pages joined are the whole."""
     formats.writer(request.headers.get("accept"))
     symbols = resolve_symbols(query.symbols, wired.settings)
+    if query.last is not None:
+        if query.limit_per_symbol is not None:
+            raise InvalidRequest("`last` says how many rows of a symbol there are.", parameter="limit_per_symbol")
+        wanted, paging = newest(symbols, query.start, query.end, query, query.last)
+        async with wired.reading(request):
+            page = await wired.quotes.at(query.consistency).quotes_page(wanted)
+        return page_response(request, wired.settings, "quotes", page.reversed_in_time(), paging)
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)
     else:
@@ -192,4 +205,4 @@ async def count_quotes(request: Request, query: Annotated[CountQuery, QueryParam
     store = wired.quotes.at(query.consistency)
     async with wired.reading(request):
         count = await store.count_quotes(symbols, query.start, query.end, estimate=query.estimate)
-    return encoded({"count": count, "exact": not query.estimate})
+    return encoded({"count": count, "exact": not query.estimate or count <= EXACT})

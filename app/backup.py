@@ -208,6 +208,8 @@ async def _backup(url: str, settings: Settings, target: Path, *, verify: bool) -
     began = time.monotonic()
     host = await repository.writing_host(url)
     _clear(target)
+    if verify:
+        await repository.require_scratch(host, settings, _scratch(host))
     async with repository.jobs_held(host, settings) as refusal:
         if refusal is not None:
             remarks.print(
@@ -242,10 +244,16 @@ async def _dump(url: str, settings: Settings, draft: "_Draft", *, verify: bool) 
     async with repository.snapshot(url, settings) as snapshot:
         taken = datetime.now(UTC)
         program = programs.find("pg_dump", snapshot.major)
+        if snapshot.whole:
+            remarks.print(f"[yellow]The whole database is dumped:[/yellow] {snapshot.whole}.", highlight=False)
+        chosen = [f"--schema={schema}" for schema in snapshot.schemas]
+        if chosen and snapshot.timescaledb:
+            chosen.append("--extension=timescaledb")
         dump = asyncio.create_task(
             programs.run(
                 program, "--format=custom", "--compress=gzip", f"--snapshot={snapshot.id}",
-                f"--lock-wait-timeout={_LOCK_WAIT}", f"--file={draft.partial}", url=url, keep_open=[draft.lock],
+                f"--lock-wait-timeout={_LOCK_WAIT}", f"--file={draft.partial}", *chosen, url=url,
+                keep_open=[draft.lock],
             )
         )  # fmt: skip
         content = asyncio.create_task(snapshot.content()) if verify else None
@@ -270,13 +278,18 @@ async def _of_scratch(file: Path, url: str, settings: Settings, size: int) -> Co
     free = _room(settings, size)
     if free is not None and free < size:
         raise BackupError(f"Verification takes the room of the store once more, {size} bytes, and {free} are free.")
-    scratch = repository.beside(url, f"{repository.database_of(url)[:50]}_verify")
+    scratch = _scratch(url)
     await repository.drop_scratch(scratch, settings, _SCRATCH)
     await repository.create(scratch, settings, comment=_SCRATCH)
     try:
         return await _in_scratch(file, scratch, settings)
     finally:
         await asyncio.shield(repository.drop_scratch(scratch, settings, _SCRATCH))
+
+
+def _scratch(url: str) -> str:
+    """The URL of the database into which a dump of a store is restored to be verified."""
+    return repository.beside(url, f"{repository.database_of(url)[:50]}_verify")
 
 
 def _room(settings: Settings, size: int) -> int | None:
@@ -530,6 +543,9 @@ async def _restore(
                     await target.post_restore()
                 for role in grants:
                     await target.grant(role, of)
+                if timescaledb:
+                    others = [await target.quoted(role) for role in [of, *grants]]
+                    await target.let_use_timescaledb([*others, *granted])
                 await target.analyze()
                 if timescaledb:
                     await target.require_working_jobs()

@@ -444,8 +444,8 @@ async def test_a_store_of_two_roles_goes_to_the_roles_that_are_asked_for(lane: L
         statements = re.findall(
             r"^((?:GRANT|ALTER DEFAULT) .*);$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
         )
-        assert len(statements) == 4
-        for statement in statements[:3]:
+        assert len(statements) == 5
+        for statement in statements[1:4]:
             for name in ("app", "gone"):
                 await owner.execute(statement.replace("quotes_app", role[name]))
         await owner.close()
@@ -489,6 +489,48 @@ async def serves(lane: Lane, url: str, symbols: list[str]) -> None:
     for statement in ("CREATE TABLE quotes.mine ()", "DROP TABLE quotes.latest"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await ask(url, statement)
+
+
+OTHERS: Final = """
+CREATE TABLE public.orders (); CREATE FUNCTION public.theirs() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+CREATE EVENT TRIGGER {} ON ddl_command_end EXECUTE FUNCTION public.theirs()
+"""
+
+
+@pytest.mark.concurrent
+async def test_what_others_have_in_the_database_is_left_out(lane: Lane, tmp_path: Path) -> None:
+    """An owner of the schema need not read it; but with TimescaleDB a hypertable of theirs is in the one catalog."""
+    await require_programs(lane.url)
+    community, settings = await level_of(lane.url) >= Level.COMMUNITY, lane.make_settings()
+
+    async def dump(by: str, name: str, *, verify: bool = False) -> str:
+        await backup._backup(by, settings, tmp_path / name, verify=verify)
+        return await programs.run(PROGRAMS / "pg_restore", "--list", str(tmp_path / name))
+
+    async with roles(lane.url, "owner") as role, dropped(new_database(lane.url)) as url:
+        await ask(lane.url, f"CREATE DATABASE {repository.database_of(url)}")
+        connection = await asyncpg.connect(url)
+        if community:
+            await connection.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
+        await connection.execute(f"CREATE SCHEMA quotes AUTHORIZATION {role['owner']}; {OTHERS.format(role['owner'])}")
+        owner = as_role(url, role["owner"])
+        await migrate(owner, settings)
+        await connection.execute("INSERT INTO quotes.real_time (symbol, timestamp, price) VALUES ('A', now(), 1)")
+        lacks = "takes a superuser" if community else f"ALTER ROLE {role['owner']} CREATEDB"
+        with pytest.raises(BackupError, match=lacks):
+            await dump(owner, "none", verify=True)
+        for listed in (await dump(owner, "owner"), await dump(url, "superuser", verify=True)):
+            assert "TABLE DATA quotes real_time" in listed
+            assert not re.search(r"orders|theirs|EVENT TRIGGER", listed)
+        if community:
+            await connection.execute("CREATE TABLE public.ticks (at timestamptz NOT NULL)")
+            await connection.execute("SELECT create_hypertable('public.ticks', 'at')")
+            told = f"has public.ticks of .* lacks SELECT on public.orders: GRANT pg_read_all_data TO {role['owner']},"
+            with pytest.raises(BackupError, match=told):
+                await dump(owner, "none")
+            await connection.execute(f"GRANT pg_read_all_data TO {role['owner']}")
+            assert "TABLE DATA public orders" in await dump(owner, "whole")
+        await connection.close()
 
 
 # --- what is refused, and what fails in the middle ---

@@ -67,13 +67,37 @@ LEFT JOIN timescaledb_information.continuous_aggregates view
       AND view.materialization_hypertable_name = job.hypertable_name
 WHERE job_id >= 1000 ORDER BY 1
 """
+# Why a dump of the schema alone would not be a store: it lacks the revision, or TimescaleDB's catalog, which is dumped
+# as one, names what the dump lacks.
+_OLD: Final = """
+SELECT 'the revision of a store until r6 is in the schema public' WHERE to_regclass('quotes.alembic_version') IS NULL
+"""
+_SHARED: Final = """
+SELECT format('TimescaleDB''s catalog, which cannot be dumped in part, has %I.%I of another application', schema, name)
+FROM (SELECT schema_name, table_name FROM _timescaledb_catalog.hypertable
+      WHERE schema_name NOT IN ('quotes', '_timescaledb_internal')
+      UNION ALL SELECT user_view_schema, user_view_name FROM _timescaledb_catalog.continuous_agg
+      WHERE user_view_schema <> 'quotes'
+      UNION ALL SELECT proc_schema, proc_name FROM _timescaledb_catalog.bgw_job
+      WHERE id >= 1000 AND proc_schema NOT IN ('quotes', '_timescaledb_functions', '_timescaledb_internal')
+     ) AS foreign_one (schema, name) ORDER BY 1 LIMIT 1
+"""
+_UNREADABLE: Final = """
+SELECT quote_ident(current_user), format('%I.%I', nspname, relname)
+FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relkind IN ('r', 'p', 'm', 'S') AND nspname NOT LIKE 'pg\\_%' AND nspname <> 'information_schema'
+  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                  AND d.deptype = 'e')
+  AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
+ORDER BY 2 LIMIT 1
+"""
 _RECORD: Final = "INSERT INTO quotes.backups (bytes, verified) VALUES ($1, $2)"
 
 _ROLE: Final = """
 SELECT current_user::text, rolsuper FROM pg_roles WHERE rolname = current_user
 """
 _MAY_CREATE: Final = """
-SELECT quote_ident(rolname), rolsuper OR rolcreatedb FROM pg_roles WHERE rolname = current_user
+SELECT quote_ident(rolname), rolsuper OR rolcreatedb, rolsuper FROM pg_roles WHERE rolname = current_user
 """
 _KNOWN_ROLE: Final = """
 SELECT rolcanlogin AS logs_in, pg_has_role(current_user, oid, 'MEMBER') AS ours FROM pg_roles WHERE rolname = $1
@@ -118,6 +142,11 @@ _GRANTS: Final = (
     "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA quotes TO {role}",
     _LATER_TABLES,
 )
+# The dump of a store has no privileges on a schema that others share.
+_USED: Final = """
+SELECT format('GRANT USAGE ON SCHEMA %I TO ', nspname) FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace
+WHERE extname = 'timescaledb'
+"""
 # A job runs as its owner, who must own what it works on and be able to log in.
 _LAME_JOBS: Final = """
 SELECT string_agg(job.id::text, ', ' ORDER BY job.id) FROM _timescaledb_catalog.bgw_job job
@@ -215,11 +244,17 @@ async def session(url: str, settings: Settings) -> AsyncIterator[Connection]:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One instant of a store, for as long as its block lasts: for a dump by its `id`, and for statements."""
+    """One instant of a store, for as long as its block lasts: for a dump by its `id`, and for statements.
+
+    A store is in `schemas`; with none of them the dump has to be of the whole database, for the reason `whole`.
+    """
 
     id: str
     major: int
     size: int
+    schemas: Sequence[str]
+    timescaledb: bool
+    whole: str
     connection: Connection
 
     async def content(self) -> Content:
@@ -233,7 +268,7 @@ async def snapshot(url: str, settings: Settings) -> AsyncIterator[Snapshot]:
 
     Raises:
         DatabaseUnavailable: it cannot be reached, or the connection broke.
-        BackupError: there is no store, or a table stayed locked for a minute.
+        BackupError: there is no store, a table stayed locked for a minute, or what is to be dumped cannot be read.
     """
     async with session(url, settings) as connection:
         if await connection.fetchval("SELECT to_regclass('quotes.real_time') IS NULL"):
@@ -244,7 +279,22 @@ async def snapshot(url: str, settings: Settings) -> AsyncIterator[Snapshot]:
             await connection.execute(_LOCK)
             name = await connection.fetchval("SELECT pg_export_snapshot()")
             size = await connection.fetchval("SELECT pg_database_size(current_database())")
-            yield Snapshot(name, major, size, connection)
+            timescaledb = Capability.of(await connection.fetchrow(DETECT) or ()).timescaledb is not None
+            whole = await _whole(connection, timescaledb=timescaledb)
+            schemas = () if whole else ("quotes", "_timescaledb_internal") if timescaledb else ("quotes",)
+            yield Snapshot(name, major, size, schemas, timescaledb, whole, connection)
+
+
+async def _whole(connection: Connection, *, timescaledb: bool) -> str:
+    """Why the whole database has to be dumped; empty where the store's schemas make a dump that can be restored."""
+    found: str = await connection.fetchval(_OLD) or (await connection.fetchval(_SHARED) if timescaledb else None) or ""
+    if found and (unreadable := await connection.fetchrow(_UNREADABLE)) is not None:
+        role, relation = unreadable
+        raise BackupError(
+            f"The whole database has to be dumped, because {found}, and {role} lacks SELECT on {relation}:"
+            f" GRANT pg_read_all_data TO {role}, or use another role."
+        )
+    return found
 
 
 class HeldJobs:
@@ -388,14 +438,34 @@ async def create(url: str, settings: Settings, *, owner: str | None = None, comm
     """
     async with session(beside(url, "postgres"), settings) as connection:
         name, role = await _quoted(connection, database_of(url), owner or "")
-        us, may = await connection.fetchrow(_MAY_CREATE) or ("", False)
-        if not may:
-            raise BackupError(
-                f"{us} may not create the database {name}: ALTER ROLE {us} CREATEDB, or use another role."
-            )
+        await _require_createdb(connection, name)
         await connection.execute(f"CREATE DATABASE {name}" + (f" OWNER {role}" if owner else ""))
         if comment is not None:
             await connection.execute(f"COMMENT ON DATABASE {name} IS {await _literal(connection, comment)}")
+
+
+async def _require_createdb(connection: Connection, name: str) -> None:
+    us, may, _ = await connection.fetchrow(_MAY_CREATE) or ("", False, False)
+    if not may:
+        raise BackupError(f"{us} may not create the database {name}: ALTER ROLE {us} CREATEDB, or use another role.")
+
+
+async def require_scratch(url: str, settings: Settings, scratch: str) -> None:
+    """Refuse a role that could not restore a dump of a store into the database of the URL `scratch`.
+
+    Raises:
+        BackupError: it may not create one, or restore TimescaleDB's catalog.
+    """
+    async with session(url, settings) as connection:
+        capability = Capability.of(await connection.fetchrow(DETECT) or ())
+        us, _, superuser = await connection.fetchrow(_MAY_CREATE) or ("", False, False)
+        (name,) = await _quoted(connection, database_of(scratch))
+        if capability.timescaledb is not None and not superuser:
+            raise BackupError(
+                f"--verify creates the database {name} and restores TimescaleDB's catalog into it, which takes a"
+                f" superuser, and {us} is none: dump without --verify, or use another role."
+            )
+        await _require_createdb(connection, name)
 
 
 async def drop_scratch(url: str, settings: Settings, comment: str) -> None:
@@ -546,6 +616,11 @@ class RestoreRepository:
         """Give a role what it needs to serve."""
         name, of = await _quoted(self._connection, role, owner)
         await self.execute([statement.format(role=name, owner=of) for statement in _GRANTS])
+
+    async def let_use_timescaledb(self, roles: Sequence[str]) -> None:
+        """Give roles, as SQL writes them, what a session needs to call TimescaleDB's functions."""
+        grant = await self._connection.fetchval(_USED)
+        await self.execute([grant + role for role in roles])
 
     async def add_jobs(self, jobs: Job, owner: str) -> None:
         """Add the background jobs of the dump, as an owner's."""

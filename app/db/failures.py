@@ -47,7 +47,7 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
             DatabaseUnavailable,
             "The server takes no more connections: max_connections is reached, or the limit of the role or database.",
         ),
-        "53400": (DatabaseRefused, "A limit in the database's configuration refuses this."),
+        "53400": (DatabaseRefused, "A limit in the database's configuration refuses this, as temp_file_limit does."),
         "XX": (DatabaseDamaged, "The database reports an error of its own; an operator has to look at its log."),
         "53100": (DatabaseUnavailable, "The volume of the database is full."),
         "25006": (

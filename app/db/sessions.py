@@ -49,14 +49,23 @@ SETTINGS: Final = {
 }
 #: Settings of later releases, by the first that has them.
 LATER: Final = {17: {"transaction_timeout": "0"}}
-# Names are qualified but for TimescaleDB's functions, which are looked for where the extension is. What flushes to the
-# local disk is left as it is: `remote_apply` promises more than `on`.
+# Names are qualified but for TimescaleDB's functions, which are looked for where the extension is; to look up a name
+# there takes USAGE, without which none of them would be found. Less memory than the server's default does not hold a
+# look at `pg_settings`, which `temp_file_limit` could then refuse. What flushes to the local disk is left as it is:
+# `remote_apply` promises more than `on`.
 _OF_THE_SERVER: Final = """
+set_config('work_mem', CASE WHEN pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('4MB') THEN '4MB'
+                       ELSE current_setting('work_mem') END, false),
 set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
                                  ELSE current_setting('synchronous_commit') END, false),
-set_config('search_path', coalesce((SELECT quote_ident(nspname) FROM pg_extension
-                                    JOIN pg_namespace ON pg_namespace.oid = extnamespace
-                                    WHERE extname = 'timescaledb'), 'pg_catalog'), false)
+set_config('search_path', coalesce(extension, 'pg_catalog'), false), to_regclass(extension || '.any')
+FROM (SELECT (SELECT quote_ident(nspname) FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace
+              WHERE extname = 'timescaledb')) AS found (extension)
+"""
+_UNUSABLE: Final = """
+SELECT pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(current_user)
+FROM pg_catalog.pg_extension JOIN pg_catalog.pg_namespace ON pg_namespace.oid = extnamespace
+WHERE extname = 'timescaledb' AND NOT pg_catalog.has_schema_privilege(pg_namespace.oid, 'USAGE')
 """
 #: Longest run of a statement of whoever does not say.
 _STATEMENT: Final = timedelta(minutes=1)
@@ -68,13 +77,26 @@ UTF8: Final = "UTF8"
 
 
 async def prepare(connection: Connection, timeout: float, statement_timeout: timedelta | None = None) -> None:
-    """Set a session, in one round trip; the driver's exceptions come as they are."""
+    """Set a session, in one round trip; the driver's exceptions come as they are.
+
+    Raises:
+        DatabaseMisconfigured: the role may not use the schema in which TimescaleDB is.
+    """
     major = connection.get_server_version().major
     wanted = SETTINGS | {"statement_timeout": f"{(statement_timeout or _STATEMENT).total_seconds() * 1000:.0f}"}
     for first, settings in LATER.items():
         wanted |= settings if major >= first else {}
     calls = "".join(f"set_config('{name}', '{value}', false), " for name, value in wanted.items())
-    await connection.execute(f"SET search_path = pg_catalog; SELECT {calls}{_OF_THE_SERVER}", timeout=timeout)
+    try:
+        await connection.execute(f"SET search_path = pg_catalog; SELECT {calls}{_OF_THE_SERVER}", timeout=timeout)
+    except asyncpg.InsufficientPrivilegeError:
+        if (unusable := await connection.fetchrow(_UNUSABLE, timeout=timeout)) is None:
+            raise
+        schema, role = unusable
+        raise DatabaseMisconfigured(
+            f"The role lacks USAGE on the schema {schema}, which TimescaleDB is in:"
+            f" GRANT USAGE ON SCHEMA {schema} TO {role};"
+        ) from None
 
 
 def encoding_fault(connection: Connection) -> str | None:

@@ -204,9 +204,8 @@ class Health:
         if not self._settings.pool_size or seen.connections is None or wanted <= seen.connections:
             return []
         told = (
-            f"{processes} processes of this service may open {wanted} connections, and the server has"
-            f" {seen.connections} for their role: lower QUOTES_POOL_OVERFLOW, or raise max_connections or the role's"
-            " CONNECTION LIMIT."
+            f"{_counted(processes, 'process', 'processes')} of this service may open {wanted} connections, and"
+            f" {seen.limit} allows {seen.connections}: lower QUOTES_POOL_OVERFLOW, or raise that."
         )
         return [told]
 
@@ -238,7 +237,7 @@ class Health:
         if self._differences:
             return check("degraded", self._differences)
         if seen.chunks is not None:
-            return check("healthy", f"{seen.chunks} chunks.")
+            return check("healthy", f"{_counted(seen.chunks, 'chunk', 'chunks')}.")
         if seen.capability.level >= Level.APACHE:
             return check("degraded", "TimescaleDB is there, but quotes.real_time is a plain table.")
         return check("healthy", "A plain table, as the level has no hypertables.")
@@ -296,6 +295,11 @@ def _grave(seen: Observation) -> list[str]:
     found += filter(None, (seen.encoding, needs.unfit(seen.server)))
     if seen.lacking:
         found.append(f"The role lacks {', '.join(seen.lacking)}: see the page on deployment.")
+    if seen.hidden:
+        found.append(
+            f"Row security of {', '.join(seen.hidden)} applies to this role, and hides rows or refuses them: ALTER"
+            " TABLE … DISABLE ROW LEVEL SECURITY is needed, or ALTER ROLE … BYPASSRLS."
+        )
     if seen.full:
         found.append("Its volume is full.")
     elif seen.refusal is not None:
@@ -308,6 +312,10 @@ def _grave(seen: Observation) -> list[str]:
     if seen.waiting > _CONFIRMED:
         found.append(f"A commit has waited {seen.waiting.total_seconds():.0f} s for a standby to confirm it.")
     return found
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _divided(seen: Observation) -> list[str]:

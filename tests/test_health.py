@@ -22,11 +22,12 @@ from app.db.embedded import embedded_postgres
 from app.db.engine import Database
 from app.db.hosts import Writable
 from app.db.migrate import downgrade, head, migrate
-from app.errors import DatabaseUnavailable, QueryTimeout, StartupError
+from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QueryTimeout, StartupError
 from app.health import Health, Report
 from app.main import create_app
 from app.metrics import REGISTRY
 from app.repository.quotes import QuoteRepository
+from app.repository.storage import StorageRepository
 from app.repository.system import ClockDifference, Observation, SystemRepository
 from app.settings import Settings
 from tests.conftest import Lane, free_port, random_symbol, running
@@ -254,6 +255,17 @@ async def test_the_difference_of_clocks_is_measured(lane: Lane, database: Databa
     assert report.status == ("unhealthy" if behind else lane.soundest)
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(1, "1 process of this service may open 34 connections, and max_connections"), (2, "2 processes")],
+)
+async def test_a_limit_of_connections_is_named(monkeypatch: pytest.MonkeyPatch, count: int, words: str) -> None:
+    monkeypatch.setattr("app.health.workers.number", lambda: count)
+    detail = (await verdict(change(connections=30, limit="max_connections of the server"))).checks[0].detail
+    assert detail.startswith(words)
+    assert "of the server allows 30: lower" in detail
+
+
 async def test_several_servers_that_take_writes_are_named() -> None:
     two = (Writable("db1:5432", 1), Writable("db2:5432", 2))
     report = await verdict(change(writable=two, host="db2:5432"))
@@ -378,6 +390,20 @@ async def test_a_role_that_lacks_a_privilege_is_not_ready_and_told_which(lane: L
         assert "lacks TEMPORARY" in (await seen_by(url, lane)).checks[0].detail
         await run(empty_url, f"GRANT TEMPORARY ON DATABASE {name} TO {role}")
         assert (await seen_by(url, lane)).status == lane.soundest
+        for table in ("latest", "receipts", "settings", "alembic_version"):
+            await run(empty_url, f"ALTER TABLE quotes.{table} ENABLE ROW LEVEL SECURITY")
+            hidden = await seen_by(url, lane)
+            told = f"Row security of quotes.{table} applies to this role"
+            assert (hidden.status, told in hidden.checks[0].detail) == ("unhealthy", True)
+            await run(empty_url, f"ALTER TABLE quotes.{table} DISABLE ROW LEVEL SECURITY")
+        if ready.level != "postgresql":
+            await run(empty_url, "REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+            grant = f"GRANT USAGE ON SCHEMA public TO {role};"
+            assert (await seen_by(url, lane)).checks[0].detail.endswith(grant)
+            with pytest.raises(DatabaseMisconfigured, match=re.escape(grant)):
+                await StorageRepository(Database(url, given)).look()
+            await run(empty_url, grant)
+            assert (await seen_by(url, lane)).status == lane.soundest
         await run(empty_url, f"ALTER ROLE {role} SET default_transaction_read_only = on")
         blocked = await seen_by(url, lane)
         assert (blocked.status, "read-only" in blocked.checks[0].detail) == ("unhealthy", True)

@@ -38,7 +38,7 @@ def named(*names: str) -> Sequence[Case]:
 async def test_what_others_set_is_served_right_or_refused_by_a_sentence(shared_dir: Path) -> None:
     cases = named(
         "all that sessions set", "LATIN1", "default_transaction_read_only = on", "another application's revision r7",
-        "a role that owns its schema only", "a role without CREATE", "fsync = off",
+        "a role that owns its schema only", "a role without CREATE", "fsync = off", "no temporary files, of a role",
     )  # fmt: skip
     async with embedded_postgres(shared_dir / "matrix") as url:
         report = await run(Server(url, own=True), cases, "short")
@@ -49,7 +49,7 @@ async def test_what_others_set_is_served_right_or_refused_by_a_sentence(shared_d
 @pytest.mark.skipif(not EXTERNAL_URL, reason="TEST_DATABASE_URL is not set")
 async def test_a_server_with_timescaledb_too() -> None:
     cases = named("all that sessions set", "TimescaleDB in another schema", "timescaledb.restoring = on",
-                  "a role that owns its schema only")  # fmt: skip
+                  "a role that owns its schema only", "a role without USAGE on the schema of TimescaleDB")  # fmt: skip
     report = await run(Server(EXTERNAL_URL, own=False), cases, "short")
     assert not report.broken, report
 
@@ -185,8 +185,7 @@ def test_locks_are_compared_with_what_chunks_and_connections_may_need(
         assert told == []
         return
     (sentence,) = told
-    assert sentence.startswith(f"max_locks_per_transaction is {each}, ")
-    assert sentence.endswith(f"set it to {enough} or more.")
+    assert sentence.startswith(f"max_locks_per_transaction is {each}, and {enough} or more is needed for ")
     assert needs.harmful(server(enough, relations, major), SETTINGS, processes, jobs=False) == []
 
 

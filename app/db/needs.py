@@ -104,9 +104,8 @@ def _too_few_locks(server: Server, settings: Settings, processes: int) -> list[s
     while _wanted(server, enough, sessions) > enough * backends:
         enough += 64 - enough % 64
     told = (
-        f"{_LOCKS} is {each}, which makes room for {each * backends} locks, and {sessions} connections over"
-        f" {server.relations} chunks and indexes may need {_wanted(server, each, sessions)}: set it to {enough} or"
-        " more."
+        f"{_LOCKS} is {each}, and {enough} or more is needed for {server.relations} chunks and indexes and pools of"
+        f" {sessions} in all."
     )
     return [told]
 

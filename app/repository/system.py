@@ -71,7 +71,10 @@ SELECT pg_is_in_recovery() AS standby, current_setting('transaction_read_only'):
              UNION ALL
              SELECT 'TEMPORARY on the database'
              WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')) AS lacking,
-       EXISTS (SELECT FROM revision) AS migrated
+       EXISTS (SELECT FROM revision) AS migrated,
+       ARRAY(SELECT 'quotes.' || name FROM (SELECT oid, name FROM found
+                                            UNION ALL SELECT oid, 'alembic_version' FROM revision) AS needed
+             WHERE row_security_active(oid)) AS hidden
 """
 
 
@@ -105,11 +108,15 @@ ON CONFLICT (key) DO UPDATE SET created = now()
 """
 # The limits of role and database do not bind a superuser, and what is reserved is for one, or for a role of ours.
 _CONNECTIONS: Final = """
-SELECT CASE WHEN rolsuper THEN current_setting('max_connections')::int ELSE least(
-           current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
-           - coalesce(current_setting('reserved_connections', true)::int, 0),
-           nullif(rolconnlimit, -1), nullif(datconnlimit, -1)) END
-FROM pg_roles, pg_database WHERE rolname = session_user AND datname = current_database()
+SELECT connections, name FROM pg_roles, pg_database, LATERAL (VALUES
+    (current_setting('max_connections')::int
+     - CASE WHEN rolsuper THEN 0 ELSE current_setting('superuser_reserved_connections')::int
+                                      + coalesce(current_setting('reserved_connections', true)::int, 0) END,
+     'max_connections of the server', 1),
+    (CASE WHEN NOT rolsuper THEN nullif(rolconnlimit, -1) END, 'the CONNECTION LIMIT of the role', 2),
+    (CASE WHEN NOT rolsuper THEN nullif(datconnlimit, -1) END, 'the CONNECTION LIMIT of the database', 3)
+) AS of (connections, name, place)
+WHERE rolname = session_user AND datname = current_database() ORDER BY connections, place LIMIT 1
 """
 _HYPERTABLE: Final = """
 SELECT num_chunks FROM timescaledb_information.hypertables
@@ -172,9 +179,10 @@ class Observation:
     why the last write was refused, of late.
     `writable` has the servers that take writes where several were looked at, `host` the one that is written to.
     `waiting` is the longest wait of a commit for a standby, `commits_waiting` how many have waited for a second.
-    `damaged` is how long ago the server reported an error of its own; `connections` is how many the server has for this
-    role, `server` its settings that matter, `encoding` why not every text can be stored; `facts` are the settings of
-    the store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or
+    `damaged` is how long ago the server reported an error of its own; `connections` is how many this role may
+    have by the `limit` that is the least; `hidden` are tables whose row security applies to it. `server` has the
+    settings of the server that matter, `encoding` why not every text can be stored, `facts` the settings of the
+    store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or
     on a standby.
     """
 
@@ -201,6 +209,8 @@ class Observation:
     commits_waiting: int = 0
     server: needs.Server = field(default_factory=needs.Server)
     encoding: str | None = None
+    hidden: tuple[str, ...] = ()
+    limit: str = ""
 
 
 class SystemRepository:
@@ -233,7 +243,7 @@ class SystemRepository:
             revision = await connection.fetchval(_REVISION) if readable else None
             commits, waiting = await connection.fetchrow(_WAITING) or (0, timedelta(0))
             server_settings = await _needs(connection, capability, quotes)
-            connections = await connection.fetchval(_CONNECTIONS)
+            connections, limit = await connection.fetchrow(_CONNECTIONS) or (None, "")
             identifier = None if server is None else server.control.system
             store = await connection.fetchval(_STORE, str(identifier), quotes) if quotes else None
             flaw = None
@@ -275,6 +285,8 @@ class SystemRepository:
             commits,
             server_settings,
             encoding_fault(connection),
+            tuple(state["hidden"]),
+            limit,
         )
 
     async def _write(self, connection: Connection) -> None:

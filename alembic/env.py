@@ -12,7 +12,17 @@ from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db import embedded, failures, needs, sessions
-from app.db.capability import DETECT, HALF_RESTORED, IS_UNRELEASED, REQUIRED, UNRELEASED_STORE, Capability
+from app.db.capability import (
+    DETECT,
+    HALF_RESTORED,
+    IS_UNRELEASED,
+    REQUIRED,
+    STRANGERS,
+    UNRELEASED_STORE,
+    Capability,
+    Level,
+    strangers_fault,
+)
 from app.db.facts import Facts, shown
 from app.db.hosts import find_primary, hosts_of
 from app.db.migrate import known, newer_schema
@@ -34,6 +44,10 @@ WHERE relname = 'alembic_version' AND relkind = 'r'
       AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'version_num')
 ORDER BY nspname <> 'public', nspname
 """
+HAS_REVISION = """
+SELECT EXISTS (
+    SELECT FROM pg_attribute WHERE attrelid = to_regclass('quotes.alembic_version') AND attname = 'version_num')
+"""
 TABLES = """
 SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace('quotes')
 AND relname IN ('real_time', 'latest', 'ohlc_1m', 'receipts', 'settings', 'backups')
@@ -54,6 +68,7 @@ RIGHTS = """
 SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
        (SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = 'quotes') AS owner,
        (SELECT pg_has_role(nspowner, 'USAGE') FROM pg_namespace WHERE nspname = 'quotes') AS owns,
+       (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) AS logs_in,
        ARRAY(
            SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)
            WHERE to_regnamespace('quotes') IS NULL AND NOT has_database_privilege(current_database(), 'CREATE')
@@ -64,6 +79,10 @@ SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS dat
            SELECT format('GRANT USAGE ON SCHEMA %I TO %I;', nspname, current_user)
            FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace
            WHERE extname = 'timescaledb' AND NOT has_schema_privilege(n.oid, 'USAGE')
+           UNION ALL
+           SELECT format('GRANT CREATE ON TABLESPACE %I TO %I;', spcname, current_user) FROM pg_tablespace
+           WHERE spcname = current_setting('default_tablespace') AND NOT has_tablespace_privilege(oid, 'CREATE')
+                 AND oid <> (SELECT dattablespace FROM pg_database WHERE datname = current_database())
            UNION ALL
            SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I;', current_database(), current_user)
            WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')) AS grants
@@ -136,7 +155,7 @@ def _adopt(connection: Connection) -> None:
 
 def _revision(connection: Connection) -> str | None:
     """The revision of the schema; None where nothing was migrated."""
-    if not connection.execute(text("SELECT to_regclass('quotes.alembic_version') IS NOT NULL")).scalar_one():
+    if not connection.execute(text(HAS_REVISION)).scalar_one():
         return None
     return connection.execute(text("SELECT version_num FROM quotes.alembic_version")).scalars().first()
 
@@ -144,6 +163,13 @@ def _revision(connection: Connection) -> str | None:
 def _refuse_unreleased(connection: Connection) -> None:
     if connection.execute(text(IS_UNRELEASED)).scalar_one():
         raise StartupError(UNRELEASED_STORE)
+
+
+def _refuse_strangers(connection: Connection) -> None:
+    """Nothing is half made where another application's tables would stand in the way of ours."""
+    found = connection.execute(text(STRANGERS)).scalars().all()
+    if found and not _half_restored(connection):
+        raise StartupError(f"Nothing was migrated. {strangers_fault(found)}")
 
 
 def _half_restored(connection: Connection) -> bool:
@@ -182,9 +208,13 @@ def _refuse_contradiction(settings: Settings, revision: str | None) -> None:
         )
 
 
-def _require_rights(connection: Connection, revision: str | None = None) -> None:
-    """Name the statements that give this role what it lacks to migrate."""
+def _require_rights(connection: Connection, revision: str | None = None, *, jobs: bool = False) -> None:
+    """Name the statements that give this role what it lacks to migrate, and to own background jobs."""
     row = connection.execute(text(RIGHTS)).one()
+    if jobs and not row.logs_in:
+        raise StartupError(
+            f"The role {row.role} needs LOGIN for background jobs: ALTER ROLE {row.role} LOGIN. Nothing was migrated."
+        )
     if revision is not None and not row.owns:
         raise StartupError(
             f"The role {row.role} does not own the schema quotes, and the store is at revision {revision}: migrate as"
@@ -225,6 +255,7 @@ def _run(connection: Connection) -> None:
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
         if connection.execute(text(BLIND)).scalar_one():
+            _refuse_strangers(connection)
             _require_rights(connection)
         restoring = connection.execute(
             text("SELECT current_setting(:name, true)"), {"name": needs.RESTORING}
@@ -235,10 +266,12 @@ def _run(connection: Connection) -> None:
         _adopt(connection)
         revision = _revision(connection)
         _refuse_half_restored(connection, settings, revision)
+        if revision is None:
+            _refuse_strangers(connection)
         _refuse_newer(revision)
         _refuse_contradiction(settings, revision)
         if revision != context.script.get_current_head():  # at which nothing is needed
-            _require_rights(connection, revision)
+            _require_rights(connection, revision, jobs=capability.level >= Level.COMMUNITY)
         connection.commit()
         context.config.attributes.update(capability=capability, settings=settings)
         # Where the schema is there already the statement would ask for a right that is not needed.

@@ -15,7 +15,16 @@ from typing import Any, Final, Literal
 from app import __version__, metrics, workers
 from app.clock import rfc3339
 from app.db import needs
-from app.db.capability import OLDEST_TIMESCALEDB, POSTGRESQL, REQUIRED, TIMESCALEDB, Level, named, release
+from app.db.capability import (
+    OLDEST_TIMESCALEDB,
+    POSTGRESQL,
+    REQUIRED,
+    TIMESCALEDB,
+    Level,
+    named,
+    release,
+    strangers_fault,
+)
 from app.db.migrate import known, newer_schema
 from app.errors import QuotesError
 from app.logs import Logger
@@ -244,7 +253,9 @@ class Health:
 
     def _schema_fault(self, seen: Observation) -> str | None:
         """Why the schema is not the one that this version needs."""
-        if not seen.table_exists:
+        if seen.strangers and seen.revision is None:
+            return strangers_fault(seen.strangers)
+        if not seen.table_exists and (seen.revision is None or seen.revision in known()):
             return "quotes.real_time is missing: run `opa-quotes migrate`."
         if "SELECT on quotes.alembic_version" in seen.lacking:
             return "The revision of the schema cannot be read: the role lacks SELECT on quotes.alembic_version."

@@ -49,7 +49,8 @@ async def test_what_others_set_is_served_right_or_refused_by_a_sentence(shared_d
 @pytest.mark.skipif(not EXTERNAL_URL, reason="TEST_DATABASE_URL is not set")
 async def test_a_server_with_timescaledb_too() -> None:
     cases = named("all that sessions set", "TimescaleDB in another schema", "timescaledb.restoring = on",
-                  "a role that owns its schema only", "a role without USAGE on the schema of TimescaleDB")  # fmt: skip
+                  "a role that owns its schema only", "a role without USAGE on the schema of TimescaleDB",
+                  "an owner that cannot log in")  # fmt: skip
     report = await run(Server(EXTERNAL_URL, own=False), cases, "short")
     assert not report.broken, report
 

@@ -21,8 +21,10 @@ from app.db.engine import Database
 from app.db.migrate import downgrade, head, migrate
 from app.db.models import RealTimeQuote
 from app.errors import DatabaseRefused, DatabaseUnavailable, StartupError
+from app.health import Health
 from app.quote.fields import COLUMNS, PRICES, SIZES
 from app.repository.quotes import QuoteRepository
+from app.repository.system import SystemRepository
 from app.settings import Settings
 from tests.conftest import Lane, random_symbol
 
@@ -139,6 +141,35 @@ async def test_a_store_of_before_the_first_release_is_refused(lane: Lane, empty_
     connection = await asyncpg.connect(empty_url)
     assert await connection.fetchval("SELECT version_num FROM alembic_version") == revision
     await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (("CREATE TABLE quotes.settings (name text)",), "table quotes.settings of"),
+        (("CREATE TABLE quotes.orders (id serial)", "CREATE TYPE quotes.side AS ENUM ('buy')"),
+         "table quotes.orders of [^,]+, type quotes.side of"),
+        (("CREATE VIEW quotes.daily_summary AS SELECT 1",), "view quotes.daily_summary of"),
+        (("CREATE FUNCTION quotes.nanoseconds() RETURNS int LANGUAGE sql AS 'SELECT 1'",), "quotes.nanoseconds"),
+        (("CREATE TABLE quotes.alembic_version (number int)",), "table quotes.alembic_version of"),
+        (("CREATE TABLE quotes.alembic_version (version_num text)",
+          "INSERT INTO quotes.alembic_version VALUES ('c0ffee')"), "revision c0ffee"),
+    ],
+)  # fmt: skip
+async def test_a_schema_of_another_application_is_left_alone(
+    lane: Lane, empty_url: str, made: tuple[str, ...], named: str
+) -> None:
+    await run(empty_url, "CREATE SCHEMA quotes", *made)
+    before = await catalog(empty_url)
+    for step in (migrate, downgrade):
+        with pytest.raises(StartupError, match=named) as told:
+            await step(empty_url, lane.make_settings())
+        assert "a database of its own" in told.value.detail
+    assert await catalog(empty_url) == before
+    report = await Health(
+        SystemRepository(Database(empty_url, lane.make_settings())), lane.make_settings(), head()
+    ).report()
+    assert report.checks[2].detail in told.value.detail
 
 
 @pytest.mark.parametrize("theirs", ["0004", "r7"])

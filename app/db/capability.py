@@ -53,6 +53,38 @@ UNRELEASED_STORE: Final = (
     "This store was made before the first release, with rows that cannot be converted in place; read its quotes with"
     " the version that made it, and load them into an empty database with this one, as the page on upgrades says."
 )
+#: What is in our schema where there is no store, and not of an extension: another application's; a text for each. A
+#: revision without tables is left by a first migration that did not get through.
+STRANGERS: Final = """
+WITH found AS (
+    SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
+                        WHEN 'c' THEN 'type' ELSE 'table' END AS kind,
+           relname AS name, relowner AS owner, relnamespace AS schema, oid, tableoid
+    FROM pg_class WHERE relkind NOT IN ('i', 'I', 't')
+    AND NOT (relname = 'alembic_version' AND EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'version_num'))
+    UNION ALL SELECT 'function', proname, proowner, pronamespace, oid, tableoid FROM pg_proc
+    UNION ALL
+    SELECT 'type', typname, typowner, typnamespace, oid, tableoid FROM pg_type WHERE typtype IN ('d', 'e', 'r'))
+SELECT format('%s quotes.%I of %I', kind, name, pg_get_userbyid(owner)) FROM found
+WHERE schema = to_regnamespace('quotes')
+      AND NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = schema AND relname = 'real_time')
+      AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = found.tableoid AND objid = found.oid AND (
+          deptype = 'e' OR (kind IN ('sequence', 'function') AND deptype IN ('a', 'i'))))
+ORDER BY 1
+"""
+_NAMED: Final = 5
+
+
+def strangers_fault(found: Sequence[str]) -> str:
+    """What there is to say of what `STRANGERS` finds."""
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return (
+        f"The schema quotes of this database has what is not the store's, {', '.join(found[:_NAMED])}{more}: give the"
+        " store a database of its own."
+    )
+
+
 #: Comment on a database whose restore has begun and not ended, whatever it has got to.
 HALF_RESTORED: Final = "opa-quotes: a restore into this database did not finish; drop it"
 #: One row: server version, TimescaleDB version or NULL, TimescaleDB licence or NULL.

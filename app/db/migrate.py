@@ -53,7 +53,8 @@ def newer_schema(found: str, wanted: str) -> str:
     """What there is to say of a revision that this version does not know."""
     return (
         f"The schema is at revision {found}, which this version of the service does not know; it needs {wanted}."
-        " Run the version that migrated it, or a newer one."
+        " Run the version that migrated it, or a newer one; if quotes.alembic_version is another application's, give"
+        " the store a database of its own."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import asyncpg
 
 from app.db import needs
-from app.db.capability import DETECT, Capability, Level
+from app.db.capability import DETECT, STRANGERS, Capability, Level
 from app.db.engine import Connection, Database
 from app.db.facts import FACTS, Facts
 from app.db.hosts import Writable
@@ -46,7 +46,8 @@ found AS (
            (SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = needed.name) AS oid
     FROM unnest($1::text[], $2::text[]) AS needed (name, privileges)),
 revision AS (
-    SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = 'alembic_version')
+    SELECT oid FROM pg_class WHERE relnamespace = (SELECT oid FROM schema) AND relname = 'alembic_version'
+    AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'version_num'))
 SELECT pg_is_in_recovery() AS standby, current_setting('transaction_read_only')::boolean AS read_only,
        (SELECT oid FROM found WHERE name = 'real_time') AS quotes,
        (SELECT array_agg(a.attname::text ORDER BY k.n) FROM pg_index i
@@ -181,9 +182,9 @@ class Observation:
     `waiting` is the longest wait of a commit for a standby, `commits_waiting` how many have waited for a second.
     `damaged` is how long ago the server reported an error of its own; `connections` is how many this role may
     have by the `limit` that is the least; `hidden` are tables whose row security applies to it. `server` has the
-    settings of the server that matter, `encoding` why not every text can be stored, `facts` the settings of the
-    store. `store` is another text wherever quotes that were acknowledged may not be there; None without a table, or
-    on a standby.
+    settings of the server that matter, `encoding` why not every text can be stored; `strangers` are what is in the
+    place of a store, `facts` the settings of the store. `store` is another text wherever quotes that were acknowledged
+    may not be there; None without a table, or on a standby.
     """
 
     capability: Capability
@@ -211,6 +212,7 @@ class Observation:
     encoding: str | None = None
     hidden: tuple[str, ...] = ()
     limit: str = ""
+    strangers: tuple[str, ...] = ()
 
 
 class SystemRepository:
@@ -241,6 +243,7 @@ class SystemRepository:
             chunks = await connection.fetchval(_HYPERTABLE) if quotes and capability.timescaledb else None
             readable = state["migrated"] and not {_NO_SCHEMA, _NO_REVISION} & {*lacking}
             revision = await connection.fetchval(_REVISION) if readable else None
+            strangers = tuple(row[0] for row in await connection.fetch(STRANGERS)) if quotes is None else ()
             commits, waiting = await connection.fetchrow(_WAITING) or (0, timedelta(0))
             server_settings = await _needs(connection, capability, quotes)
             connections, limit = await connection.fetchrow(_CONNECTIONS) or (None, "")
@@ -287,6 +290,7 @@ class SystemRepository:
             encoding_fault(connection),
             tuple(state["hidden"]),
             limit,
+            strangers,
         )
 
     async def _write(self, connection: Connection) -> None:

@@ -108,8 +108,9 @@ def test_a_url_of_any_lawful_form_is_taken(url: str) -> None:
     [
         ("?sslmode=require", "no TLS"),
         ("?sslmode=verify-full&sslrootcert=/nowhere/ca.pem", "certificates"),
-        ("?nonsense=hunter", "parameter"),
-        ("?work_mem=hunter", "parameter"),
+        ("?nonsense=hunter", "parameter `nonsense`"),
+        ("?work_mem=hunter", "parameter `work_mem`"),
+        ("?password=un&hunter=2", "a parameter"),
         ("nowhere", "no database"),
     ],
 )
@@ -131,7 +132,7 @@ async def test_a_login_that_is_refused_is_no_outage(served: str, shared_dir: Pat
         await admin.execute("SELECT pg_reload_conf()")
         base, query = served.replace("quotes@", "{}@").split("?")
         without = "&".join(part for part in query.split("&") if not part.startswith("password="))
-        for user, words in (("careful:hunter2", "password"), ("shut", "user"), ("nobody", "user")):
+        for user, words in (("careful:hunter2", "password"), ("shut", "without LOGIN"), ("nobody", "no role")):
             url = f"{base.format(user)}?{without}"
             async with asyncio.timeout(10):
                 while True:  # until the rules are read again
@@ -159,11 +160,35 @@ async def test_a_login_that_is_refused_is_no_outage(served: str, shared_dir: Pat
 
 
 @pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("DATABASE closed ALLOW_CONNECTIONS false", "takes no connections"),
+        ("DATABASE closed CONNECTION LIMIT 0", "^The database takes no more connections: its CONNECTION LIMIT"),
+        ("ROLE guest CONNECTION LIMIT 0", "^The role takes no more connections: its CONNECTION LIMIT"),
+        ("ROLE guest NOLOGIN", "without LOGIN"),
+        ("", "lacks CONNECT"),
+    ],
+)
+async def test_a_door_that_is_shut_is_told_by_its_name(served: str, setting: str, words: str) -> None:
+    admin = await asyncpg.connect(served)
+    await admin.execute("CREATE DATABASE closed")
+    await admin.execute("REVOKE CONNECT ON DATABASE closed FROM PUBLIC; CREATE ROLE guest LOGIN")
+    try:
+        if setting:
+            await admin.execute(f"GRANT CONNECT ON DATABASE closed TO guest; ALTER {setting}")
+        url = served.replace("quotes@/quotes", "guest@/closed")
+        with pytest.raises(DatabaseUnavailable, match=words):
+            await migrate(url, Settings(_env_file=None, database_url=url))
+    finally:
+        await admin.execute("DROP DATABASE closed")
+        await admin.execute("DROP ROLE guest")
+        await admin.close()
+
+
+@pytest.mark.parametrize(
     ("state", "kind"),
     [
-        ("28P01", DatabaseMisconfigured),
-        ("28000", DatabaseMisconfigured),
-        ("3D000", DatabaseMisconfigured),
+        ("28000", DatabaseRefused),
         ("42501", DatabaseMisconfigured),
         ("42P01", SchemaMismatch),
         ("42703", SchemaMismatch),

@@ -257,6 +257,40 @@ async def test_a_role_that_owns_its_schema_only_can_migrate_and_serve(lane: Lane
         await run(empty_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
+async def test_what_refuses_a_migration_is_told_in_the_words_of_the_server(lane: Lane, empty_url: str) -> None:
+    await run(empty_url, "CREATE FUNCTION public.forbid() RETURNS event_trigger LANGUAGE plpgsql AS"
+              " $$ BEGIN RAISE 'no tables on a Friday'; END $$",
+              "CREATE EVENT TRIGGER forbid ON ddl_command_end WHEN TAG IN ('CREATE VIEW', 'CREATE INDEX')"
+              " EXECUTE FUNCTION public.forbid()")  # fmt: skip
+    try:
+        with pytest.raises(
+            DatabaseRefused, match=r"no tables on a Friday \(PL/pgSQL function \S*forbid\(\) line 1 at RAISE\)\.$"
+        ):
+            await migrate(empty_url, lane.make_settings())
+    finally:
+        await run(empty_url, "DROP EVENT TRIGGER forbid", "DROP FUNCTION public.forbid")
+    await migrate(empty_url, lane.make_settings())
+
+
+@pytest.mark.concurrent
+async def test_a_tablespace_that_is_not_the_roles_is_told_before_anything_is_made(lane: Lane, empty_url: str) -> None:
+    role = f"spaced_{random_symbol().lower()}"
+    parts = urlsplit(empty_url)
+    url = urlunsplit(parts._replace(netloc=f"{role}@{parts.netloc.rpartition('@')[2]}"))
+    await run(empty_url, "SET allow_in_place_tablespaces = on", f"CREATE TABLESPACE {role} LOCATION ''",
+              f"CREATE ROLE {role} LOGIN", f"ALTER ROLE {role} SET default_tablespace = {role}",
+              f"CREATE SCHEMA quotes AUTHORIZATION {role}")  # fmt: skip
+    await run(empty_url, "DO $$ BEGIN IF current_setting('timescaledb.max_background_workers', true) IS NOT NULL THEN"
+              " CREATE EXTENSION IF NOT EXISTS timescaledb; END IF; END $$")  # fmt: skip
+    try:
+        before = await catalog(empty_url)
+        with pytest.raises(StartupError, match=f"GRANT CREATE ON TABLESPACE {role} TO {role};$"):
+            await migrate(url, lane.make_settings())
+        assert await catalog(empty_url) == before
+    finally:
+        await run(empty_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}", f"DROP TABLESPACE {role}")
+
+
 @pytest.mark.concurrent
 async def test_a_database_that_cannot_store_every_text_is_refused(lane: Lane, empty_url: str) -> None:
     name = f"latin_{random_symbol().lower()}"

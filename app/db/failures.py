@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
@@ -55,12 +56,6 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
             "The database is read-only: it is a standby, or default_transaction_read_only is on, and off is needed.",
         ),
         "40": (DatabaseUnavailable, "Other transactions were in the way."),
-        "28P01": (DatabaseMisconfigured, f"The server refuses the password in {_URL}, or its user."),
-        "28": (
-            DatabaseMisconfigured,
-            f"The server does not let in the user of {_URL}: it has no such role, or its pg_hba.conf no line for it.",
-        ),
-        "3D000": (DatabaseMisconfigured, f"The server has no database of the name in {_URL}."),
         "42501": (
             DatabaseMisconfigured,
             "The role lacks a privilege that the service needs: `opa-quotes health` says which.",
@@ -71,12 +66,31 @@ _MEANING: Final[Mapping[str, tuple[type[QuotesError], str]]] = (
     # Classes that say "not now" rather than "never": connection, resources, operator intervention, system.
     | dict.fromkeys(("08", "53", "57", "58", "F0"), _NOT_NOW)
 )
+#: What a state, or else a class of states, says of a login; the user of a URL that is not encoded may be a part of a
+#: password, so that the server's own words, which have it, are not passed on.
+_LOGIN: Final = {
+    "28P01": f"The server refuses the password in {_URL}, or its user.",
+    "28": f"The server does not let in the user of {_URL}: its pg_hba.conf has no line for it that fits.",
+    "3D000": f"The server has no database of the name in {_URL}.",
+    "55000": f"The database of {_URL} takes no connections: ALTER DATABASE … ALLOW_CONNECTIONS true.",
+    "42501": f"The user of {_URL} lacks CONNECT on its database: GRANT CONNECT ON DATABASE … TO ….",
+}
+_NO_LOGIN: Final = f"The server has no role of the name of the user in {_URL}, or one without LOGIN."
+#: Where the server looks at a role, and at a database, before it lets a session in; its words are in any language.
+_AT_ROLE: Final = "InitializeSessionUserId"
+_AT_DATABASE: Final = "CheckMyDatabase"
+_LIMITED: Final = {
+    _AT_ROLE: "The role takes no more connections: its CONNECTION LIMIT is reached.",
+    _AT_DATABASE: "The database takes no more connections: its CONNECTION LIMIT is reached.",
+}
 #: Shared memory, of which the server says no more than that it is out of it.
 _LOCKS: Final = (
     "The server has no room for another lock: max_locks_per_transaction is too low for its chunks and connections;"
     " `opa-quotes health` says what is needed."
 )
 _REFUSED: Final = (DatabaseRefused, "The database refuses this statement; an operator has to look at its log.")
+#: What does not pass by itself.
+_LASTS: Final = (DatabaseRefused, DatabaseMisconfigured, DatabaseDamaged)
 
 
 class PoolBusy(Exception):
@@ -91,6 +105,8 @@ def translate(error: BaseException) -> QuotesError | None:
         state = error.sqlstate or ""
         if state == "53200" and "max_locks_per_transaction" in (error.hint or ""):
             return DatabaseUnavailable(_LOCKS)
+        if state == "53300" and (limited := _LIMITED.get(_where(error))):
+            return DatabaseUnavailable(limited)
         kind, detail = _MEANING.get(state) or _MEANING.get(state[:2]) or _REFUSED
         if isinstance(error, asyncpg.QueryCanceledError) and "user request" in str(error):
             detail = "Somebody cancelled the statement in the database; try again."
@@ -102,6 +118,24 @@ def translate(error: BaseException) -> QuotesError | None:
     if isinstance(error, (*_DRIVER_FAILED, TimeoutError)):
         return DatabaseUnavailable("The database cannot be reached.")
     return None
+
+
+def _where(error: asyncpg.PostgresError) -> str:
+    return getattr(error, "server_source_function", None) or ""
+
+
+def in_words(error: QuotesError) -> QuotesError | None:
+    """The same error with the words of the server, of whatever refused a statement of a migration.
+
+    These are of definitions: a privilege, a trigger, a limit. None for what passes.
+    """
+    statement = error.__cause__
+    if not isinstance(error, _LASTS) or not isinstance(statement, DBAPIError) or statement.orig is None:
+        return None
+    cause = statement.orig.__cause__
+    told = str(getattr(cause, "message", "")).partition("\n")[0].rstrip(".")
+    where = next((line for line in str(getattr(cause, "context", "") or "").split("\n") if " function " in line), "")
+    return type(error)(f"The database refuses the migration: {told}{where and f' ({where})'}.") if told else None
 
 
 def _count(error: BaseException) -> None:
@@ -191,10 +225,23 @@ def _url_faults(url: str) -> Iterator[None]:
             ) from None
         # The driver's words have parts of the URL in them, and so has the traceback.
         raise _misconfigured(f"The driver cannot read {_URL}; what is special in a URL is percent-encoded.") from None
-    except (asyncpg.SyntaxOrAccessError, asyncpg.DataError) as error:
-        if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            raise
-        raise _misconfigured(f"The server does not take a parameter behind the `?` of {_URL}.") from error
+    except asyncpg.PostgresError as error:
+        if detail := _refused(error, url):
+            raise _misconfigured(detail) from error
+        raise
+
+
+def _refused(error: asyncpg.PostgresError, url: str) -> str:
+    """Why the server lets nobody in by this URL; empty if that may pass."""
+    query, state = dict(parse_qsl(urlsplit(url).query)), error.sqlstate or ""
+    refused = [name for name in query if f'"{name}"' in str(error)]
+    if refused or (state.startswith(("42", "22")) and state not in _LOGIN):
+        # What follows a password that is not encoded may be a part of it.
+        name = f"the parameter `{refused[0]}`" if refused and "password" not in query else "a parameter"
+        return f"The server does not take {name} behind the `?` of {_URL}."
+    if state.startswith("28") and _where(error) == _AT_ROLE:
+        return _NO_LOGIN
+    return _LOGIN.get(state) or _LOGIN.get(state[:2], "")
 
 
 def _keep_alive(connection: Connection) -> None:

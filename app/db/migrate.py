@@ -15,8 +15,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
-from app.db.failures import translated
-from app.errors import StartupError
+from app.db.failures import in_words, translated
+from app.errors import QuotesError, StartupError
 from app.settings import Settings
 
 
@@ -92,5 +92,9 @@ async def _run(step: Callable[[Config, str], None], url: str, settings: Settings
     try:
         with translated():
             await asyncio.to_thread(alone)
+    except QuotesError as error:
+        if told := in_words(error):
+            raise told from error
+        raise
     except CommandError as error:
         raise StartupError(f"Migration failed: {str(error).rstrip('.')}.") from error

@@ -28,7 +28,7 @@ from app import metrics
 from app.db.engine import Connection, Database, T, Work
 from app.db.failures import PoolBusy, connection_lost
 from app.db.hosts import UNREACHABLE, Control, Server, choose, control, hosts_of, look, name_of
-from app.errors import DatabaseUnavailable, QueryTimeout
+from app.errors import DatabaseMisconfigured, DatabaseUnavailable, QueryTimeout
 from app.logs import Logger
 from app.quote.terms import Consistency
 from app.settings import Settings
@@ -122,7 +122,7 @@ async def _greet(database: Database) -> bool:
                 await connection.fetchval("SELECT 1")
             finally:
                 connection.terminate()
-    except asyncpg.PostgresError:
+    except (asyncpg.PostgresError, DatabaseMisconfigured):
         return True
     except UNREACHABLE:
         return False

@@ -26,7 +26,7 @@ from app.db.capability import (
 from app.db.facts import Facts, shown
 from app.db.hosts import find_primary, hosts_of
 from app.db.migrate import known, newer_schema
-from app.errors import StartupError
+from app.errors import StartupError, StartupRefused
 from app.settings import Settings, fault_of
 
 #: Longest wait for a statement in seconds, above what the server ends by itself: a server may also say nothing.
@@ -148,7 +148,7 @@ def _adopt(connection: Connection) -> None:
             )
     connection.commit()
     if near and not _half_restored(connection):
-        raise StartupError(
+        raise StartupRefused(
             f"Nothing was migrated. The tables of the store have no revision in their schema, and {near}"
         )
 
@@ -162,14 +162,14 @@ def _revision(connection: Connection) -> str | None:
 
 def _refuse_unreleased(connection: Connection) -> None:
     if connection.execute(text(IS_UNRELEASED)).scalar_one():
-        raise StartupError(UNRELEASED_STORE)
+        raise StartupRefused(UNRELEASED_STORE)
 
 
 def _refuse_strangers(connection: Connection) -> None:
     """Nothing is half made where another application's tables would stand in the way of ours."""
     found = connection.execute(text(STRANGERS)).scalars().all()
     if found and not _half_restored(connection):
-        raise StartupError(f"Nothing was migrated. {strangers_fault(found)}")
+        raise StartupRefused(f"Nothing was migrated. {strangers_fault(found)}")
 
 
 def _half_restored(connection: Connection) -> bool:
@@ -193,7 +193,7 @@ def _refuse_half_restored(connection: Connection, settings: Settings, revision: 
 def _refuse_newer(revision: str | None) -> None:
     """A revision that this version does not know is of a newer one, whatever is asked for."""
     if revision is not None and revision not in known():
-        raise StartupError(newer_schema(revision, context.script.get_current_head() or ""))
+        raise StartupRefused(newer_schema(revision, context.script.get_current_head() or ""))
 
 
 def _refuse_contradiction(settings: Settings, revision: str | None) -> None:
@@ -201,7 +201,7 @@ def _refuse_contradiction(settings: Settings, revision: str | None) -> None:
     first = Facts.first(settings)
     fault = fault_of(first.retention, first.chunk_interval, first.compress_after)
     if fault and revision is None:
-        raise StartupError(
+        raise StartupRefused(
             f"A new store cannot have these settings: {fault}. QUOTES_RETENTION is {shown(first.retention)},"
             f" QUOTES_CHUNK_INTERVAL {shown(first.chunk_interval)}, QUOTES_COMPRESS_AFTER"
             f" {shown(first.compress_after)}, as set or built in; nothing was migrated."
@@ -212,16 +212,16 @@ def _require_rights(connection: Connection, revision: str | None = None, *, jobs
     """Name the statements that give this role what it lacks to migrate, and to own background jobs."""
     row = connection.execute(text(RIGHTS)).one()
     if jobs and not row.logs_in:
-        raise StartupError(
+        raise StartupRefused(
             f"The role {row.role} needs LOGIN for background jobs: ALTER ROLE {row.role} LOGIN. Nothing was migrated."
         )
     if revision is not None and not row.owns:
-        raise StartupError(
+        raise StartupRefused(
             f"The role {row.role} does not own the schema quotes, and the store is at revision {revision}: migrate as"
             f" {row.owner}, or make the role a member of it: GRANT {row.owner} TO {row.role};"
         )
     if row.grants:
-        raise StartupError(
+        raise StartupRefused(
             f"The role {row.role} may not migrate the database {row.database}. An administrator gives it what it lacks,"
             f" in that database: {' '.join(row.grants)}"
         )
@@ -250,7 +250,7 @@ def _run(connection: Connection) -> None:
         connection.commit()
         settings = _settings()
         if capability.level < REQUIRED[settings.required_level]:
-            raise StartupError(
+            raise StartupRefused(
                 f"The server's capability level is {capability.level}, {settings.required_level} is required. Nothing"
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )

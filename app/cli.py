@@ -25,6 +25,7 @@ import uvicorn
 from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.table import Table
+from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__, backup, logs, maintain, supervisor, traces
 from app import demo as market
@@ -82,12 +83,16 @@ def main() -> None:
         errors.print(f"[red]error:[/red] {error.strerror or type(error).__name__}{where}.", highlight=False)
         sys.exit(1)
     except QuotesError as error:
-        errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
+        _tell(error)
         sys.exit(1)
     except ValidationError as error:
         for told in faults(error):
             errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _tell(error: QuotesError) -> None:
+    errors.print(f"[red]error:[/red] {error.detail}", highlight=False, soft_wrap=True)
 
 
 def _a_number(value: float | None) -> float | None:
@@ -116,6 +121,14 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=_MOST_WORKERS, help="Server processes.")] = 1,
 ) -> None:
     """Run the service. Without QUOTES_DATABASE_URL it brings its own PostgreSQL, whose data stay."""
+    try:
+        _serve(host, port, data_dir, workers)
+    except QuotesError as error:
+        _tell(error)
+        raise typer.Exit(supervisor.REFUSED if error.lasts else STARTUP_FAILURE) from error
+
+
+def _serve(host: str | None, port: int | None, data_dir: Path | None, workers: int) -> None:
     settings = _settings(host=host, port=port, data_dir=data_dir)
     logs.configure(settings)
     traces.check(settings)

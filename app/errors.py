@@ -29,6 +29,7 @@
     │   └── WriteTimeout        503  a write did
     ├── ServiceStopping         503
     ├── StartupError            -    the service cannot start (embedded database, migration)
+    │   └── StartupRefused      -    and no restart mends that
     └── BackupError             -    a backup or a restore cannot be done, or failed
 
 Invariant: a message never carries SQL, a URL with a password, or an echo of the client's values.
@@ -56,6 +57,8 @@ class QuotesError(Exception):
     code: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "Internal error"
     retry_after: float | None = None
+    #: Whether a start that fails by it fails again until somebody changes something.
+    lasts: ClassVar[bool] = False
 
     def __init__(self, detail: str, *, pointer: str | None = None, parameter: str | None = None) -> None:
         super().__init__(detail)
@@ -277,6 +280,7 @@ class DatabaseMisconfigured(DatabaseUnavailable):
     code = "database-misconfigured"
     title = "Database misconfigured"
     retry_after = None
+    lasts = True
 
 
 class SchemaMismatch(DatabaseMisconfigured):
@@ -330,6 +334,12 @@ class StartupError(QuotesError):
 
     code = "startup-error"
     title = "Cannot start"
+
+
+class StartupRefused(StartupError):
+    """The service cannot start with this database as it is; the message says what to change."""
+
+    lasts = True
 
 
 class BackupError(QuotesError):

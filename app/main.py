@@ -73,6 +73,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.services = await _wire(stack, settings, spans)
             except QuotesError as error:
                 log.critical("cannot start", reason=error.detail)
+                if error.lasts:
+                    workers.note_refused()
                 raise
             yield
 

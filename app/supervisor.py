@@ -23,10 +23,12 @@ from uvicorn.supervisors.multiprocess import Process
 
 from app.errors import StartupError
 from app.logs import Logger
-from app.workers import has_started, note_stopping
+from app.workers import has_started, note_stopping, was_refused
 
 log = Logger(__name__)
 
+#: Status of a start that fails again until somebody changes something, as for a setting that is wrong.
+REFUSED: Final = 2
 #: Seconds in which a worker answers that it is there.
 _ANSWER: Final = 5
 #: Seconds that a new worker has until it serves: more than a migration waits for its lock and takes.
@@ -77,16 +79,33 @@ def run(config: uvicorn.Config, directory: Path | None) -> None:
     """Serve until told to stop; several workers share `directory`. Ends the process unless that was the reason."""
     _allow_files()
     if directory is None:
-        server = _Server(config)
-        with suppress(KeyboardInterrupt):  # as the server has handled it
-            server.run()
-        status = 0 if server.started else STARTUP_FAILURE
+        told = _run_one(config)
     else:
         workers = _Workers(config, [config.bind_socket()], directory)
         workers.run()
-        status = 0 if workers.told else STARTUP_FAILURE
-    if status:
-        sys.exit(status)
+        told = workers.told
+    if not told:
+        sys.exit(REFUSED if was_refused(directory) else STARTUP_FAILURE)
+
+
+def _run_one(config: uvicorn.Config) -> bool:
+    """Serve in this process; whether it was told to stop, after it has served or while it was about to."""
+    server = _Server(config)
+    # The server raises the signal again that has stopped it. Whoever asked for no hang-up (nohup) gets none.
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        server.run()
+    except KeyboardInterrupt:  # as the server has handled it
+        return True
+    except SystemExit as end:
+        return not end.code or server.should_exit  # a start that was given up is none that failed
+    return server.started
+
+
+def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  as handlers are called
+    sys.exit(0)
 
 
 class _Server(uvicorn.Server):

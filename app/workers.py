@@ -15,6 +15,7 @@ import threading
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Event
 from typing import IO, Final
 
 import structlog
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 _directory: Final = metrics_directory()
 _STARTED: Final = "started"
+_REFUSED: Final = "refused"
 _STOPPING: Final = "stopping"
 _COUNT: Final = "count"
 
@@ -68,6 +70,7 @@ class _Place:
 
 _place: Final = _Place()
 _leading: Final[list[IO[bytes]]] = []
+_refused = Event()
 
 
 def share_metrics() -> None:
@@ -105,6 +108,18 @@ def note_started() -> None:
 def has_started(directory: Path | None = _directory) -> bool:
     """Whether a process of this service, which may be gone by now, has started; False where there is but one."""
     return directory is not None and (directory / _STARTED).exists()
+
+
+def note_refused() -> None:
+    """Note that this process cannot start, and that another start will not mend that."""
+    _refused.set()
+    if _directory is not None:
+        (_directory / _REFUSED).touch()
+
+
+def was_refused(directory: Path | None) -> bool:
+    """Whether this process, or one of those that share a directory, has noted so."""
+    return _refused.is_set() or (directory is not None and (directory / _REFUSED).exists())
 
 
 def note_stopping(directory: Path) -> None:

@@ -148,7 +148,7 @@ async def test_a_login_that_is_refused_is_no_outage(served: str, shared_dir: Pat
             assert (told.returncode, told.stdout) == (1, "")
             assert told.stderr == f"error: {caught.value.detail}\n"
             serving = await asyncio.to_thread(command, "serve", "--port", str(free_port()), QUOTES_DATABASE_URL=url)
-            assert serving.returncode != 0
+            assert serving.returncode == 2
             assert "QUOTES_DATABASE_URL" in serving.stderr
             assert "Traceback" not in serving.stderr
             assert SECRET not in serving.stderr
@@ -156,6 +156,27 @@ async def test_a_login_that_is_refused_is_no_outage(served: str, shared_dir: Pat
         rules.write_text(before)
         await admin.execute("SELECT pg_reload_conf()")
         await admin.execute("DROP ROLE careful; DROP ROLE shut")
+        await admin.close()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_start_that_no_other_one_mends_has_a_status_of_its_own(served: str, workers: str) -> None:
+    """By which a supervisor does not try again: the schema is another application's."""
+    admin = await asyncpg.connect(served)
+    await admin.execute("CREATE DATABASE theirs")
+    url = served.replace("/quotes?", "/theirs?")
+    try:
+        theirs = await asyncpg.connect(url)
+        await theirs.execute("CREATE SCHEMA quotes; CREATE TABLE quotes.orders (id int)")
+        await theirs.close()
+        arguments = ("serve", "--port", str(free_port()), "--workers", workers)
+        ended = await asyncio.to_thread(
+            command, *arguments, QUOTES_DATABASE_URL=url, QUOTES_REQUIRE_TIMESCALEDB="none", QUOTES_MIGRATE_ON_START="1"
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert "table quotes.orders of" in ended.stderr
+    finally:
+        await admin.execute("DROP DATABASE theirs WITH (FORCE)")
         await admin.close()
 
 

@@ -32,7 +32,7 @@ from app.db.capability import DETECT, IS_UNRELEASED, UNRELEASED_STORE, Capabilit
 from app.db.facts import FACTS, Facts
 from app.db.failures import connect, connection_lost, full, translated
 from app.db.turns import Turns
-from app.errors import DatabaseDamaged, DatabaseUnavailable, InvalidRequest, QueryTimeout, StartupError
+from app.errors import DatabaseDamaged, DatabaseUnavailable, InvalidRequest, QueryTimeout, StartupRefused
 from app.logs import Logger
 from app.quote.terms import Consistency
 from app.settings import Settings
@@ -70,11 +70,11 @@ async def detect(connection: Connection) -> Capability:
     """What the server can do, if it stores every text, and the store on it is none of before the first release.
 
     Raises:
-        StartupError: it does not, or it is.
+        StartupRefused: it does not, or it is.
     """
     sessions.require_encoding(connection)
     if await connection.fetchval(IS_UNRELEASED):
-        raise StartupError(UNRELEASED_STORE)
+        raise StartupRefused(UNRELEASED_STORE)
     return Capability.of(await connection.fetchrow(DETECT) or ())
 
 
@@ -310,7 +310,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached, or by way of a pooler that shares sessions.
-            StartupError: the store is one of before the first release, or its encoding is not UTF8.
+            StartupRefused: the store is one of before the first release, or its encoding is not UTF8.
         """
         async with self.acquire() as connection:
             try:

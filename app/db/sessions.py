@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 
-from app.errors import DatabaseMisconfigured, StartupError
+from app.errors import DatabaseMisconfigured, StartupRefused
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"
 
@@ -114,10 +114,10 @@ def require_encoding(connection: Connection) -> None:
     """Refuse a database that cannot store every text.
 
     Raises:
-        StartupError: its encoding is not UTF8.
+        StartupRefused: its encoding is not UTF8.
     """
     if fault := encoding_fault(connection):
-        raise StartupError(fault)
+        raise StartupRefused(fault)
 
 
 async def require_own(connection: Connection, another: Callable[[], Awaitable[Connection]]) -> None:

@@ -245,6 +245,8 @@ def _run(connection: Connection) -> None:
     connection.execute(text("SET statement_timeout = '60s'"))
     connection.commit()
     try:
+        if connection.execute(text(BLIND)).scalar_one() or _revision(connection) is None:
+            _refuse_strangers(connection)
         _ensure_timescaledb(connection)
         capability = Capability.of(connection.execute(text(DETECT)).one())
         connection.commit()
@@ -255,7 +257,6 @@ def _run(connection: Connection) -> None:
                 " was migrated. Create the extension timescaledb, or set QUOTES_REQUIRE_TIMESCALEDB."
             )
         if connection.execute(text(BLIND)).scalar_one():
-            _refuse_strangers(connection)
             _require_rights(connection)
         restoring = connection.execute(
             text("SELECT current_setting(:name, true)"), {"name": needs.RESTORING}
@@ -266,8 +267,6 @@ def _run(connection: Connection) -> None:
         _adopt(connection)
         revision = _revision(connection)
         _refuse_half_restored(connection, settings, revision)
-        if revision is None:
-            _refuse_strangers(connection)
         _refuse_newer(revision)
         _refuse_contradiction(settings, revision)
         if revision != context.script.get_current_head():  # at which nothing is needed

@@ -104,7 +104,7 @@ async def test_a_full_server_keeps_nobody_from_what_is_open(lane: Lane, empty_ur
             assert found == {"write 200": 240, "read 200": 240, "ready 200": 2}
             checks = (await client.get("/health")).json()["checks"]
             assert checks["database"]["status"] == "degraded"
-            told = f"1 process of this service may open 28 connections, and the CONNECTION LIMIT of the role allows {limit}:"
+            told = f"may open 28 connections, and the CONNECTION LIMIT of the role allows {limit}:"
             assert told in checks["database"]["detail"]
     finally:
         await run(empty_url, f"DROP OWNED BY {role} CASCADE", f"DROP ROLE {role}")

@@ -49,7 +49,8 @@ SETTINGS: Final = {
 }
 #: Settings of later releases, by the first that has them.
 LATER: Final = {17: {"transaction_timeout": "0"}}
-# Names are qualified but for TimescaleDB's functions, which are looked for where the extension is; to look up a name
+# Names are qualified but for TimescaleDB's functions, which are looked for where the extension is, behind whatever an
+# administrator has on the path: what he has put before `pg_catalog` he has put there on purpose. To look up a name
 # there takes USAGE, without which none of them would be found. Less memory than the server's default does not hold a
 # look at `pg_settings`, which `temp_file_limit` could then refuse. What flushes to the local disk is left as it is:
 # `remote_apply` promises more than `on`.
@@ -58,7 +59,8 @@ set_config('work_mem', CASE WHEN pg_size_bytes(current_setting('work_mem')) < pg
                        ELSE current_setting('work_mem') END, false),
 set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
                                  ELSE current_setting('synchronous_commit') END, false),
-set_config('search_path', coalesce(extension, 'pg_catalog'), false), to_regclass(extension || '.any')
+set_config('search_path', concat_ws(', ', nullif((SELECT reset_val FROM pg_settings WHERE name = 'search_path'), ''),
+                                    extension), false), to_regclass(extension || '.any')
 FROM (SELECT (SELECT quote_ident(nspname) FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace
               WHERE extname = 'timescaledb')) AS found (extension)
 """

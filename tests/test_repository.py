@@ -520,6 +520,21 @@ async def test_range_bounds_and_limits(quotes: QuoteRepository, symbol: str) -> 
             await bad
 
 
+@pytest.mark.parametrize("sort", ["asc", "desc"])
+async def test_all_pages_of_quotes_and_bars(quotes: QuoteRepository, sort: Sort) -> None:
+    symbols = [random_symbol(), random_symbol()]
+    await quotes.bulk_insert([quote(symbol, i) for symbol in symbols for i in (0, 1, 2, 5, 6)])
+    end = T0 + timedelta(seconds=7)
+    whole = [row.to_dict() for row in await quotes.get_quotes(symbols, T0, end, sort=sort)]
+    bars = await quotes.get_bars(symbols, "1s", T0, end, fill="previous", sort=sort)
+    assert (len(whole), len(bars)) == (10, 14)
+    for limit in (1, 3, 7, 10, 14, 100):
+        found = quotes.iter_quotes(symbols, T0, end, limit=limit, sort=sort)
+        assert [row.to_dict() async for row in found] == whole
+        paged = quotes.iter_bars(symbols, "1s", T0, end, fill="previous", limit=limit, sort=sort)
+        assert [row async for row in paged] == bars
+
+
 async def test_counts(quotes: QuoteRepository, market: dict[Key, dict[str, Any]]) -> None:
     symbols = sorted({s for s, _ in market})
     assert await quotes.count_quotes(symbols) == len(market)

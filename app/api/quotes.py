@@ -140,7 +140,7 @@ async def list_quotes(request: Request, query: Annotated[QuotesQuery, QueryParam
             raise InvalidRequest("`last` says how many rows of a symbol there are.", parameter="limit_per_symbol")
         wanted, paging = newest(symbols, query.start, query.end, query, query.last)
         async with wired.reading(request):
-            page = await wired.quotes.at(query.consistency).quotes_page(wanted)
+            page = await wired.quotes.at(query.consistency).newest_quotes(wanted)
         return page_response(request, wired.settings, "quotes", page.reversed_in_time(), paging)
     if query.page_token is not None:
         paging = read_token(request, wired.settings, query.page_token)

@@ -19,14 +19,14 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from operator import itemgetter
 from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
-from app.clock import Instant, Interval
+from app.clock import Instant, Interval, nanoseconds
 from app.days import MIDNIGHT, day_bounds
 from app.db.capability import Level
 from app.db.engine import Connection, Database, T, Work
@@ -45,6 +45,7 @@ from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
     Arguments,
     Page,
+    Position,
     Range,
     Sort,
     Span,
@@ -68,6 +69,8 @@ EXACT: Final = 20_000
 #: Before and after whatever is stored.
 _FIRST: Final = -(10**21)
 _LAST: Final = 10**21
+#: Nanoseconds of the window that the newest quotes are looked for in first.
+_FIRST_WINDOW: Final = 86_400 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +232,38 @@ class QuoteRepository:
             DatabaseUnavailable: the database cannot be reached.
         """
         wanted = checked_range(symbols, start, end, limit, sort)
+        return (await self._quotes_of(wanted))[: wanted.limit]
+
+    async def iter_quotes(
+        self,
+        symbols: str | Iterable[str],
+        start: Instant,
+        end: Instant,
+        *,
+        limit: int = 10_000,
+        sort: Sort = "asc",
+    ) -> AsyncIterator[RealTimeQuote]:
+        """All quotes with `start <= timestamp < end`, by symbol, then by time, read in pages of `limit`.
+
+        Each page is a statement of its own; between them no connection is held. Errors as in `get_quotes`, at the step
+        that meets them.
+        """
+        wanted = checked_range(symbols, start, end, limit, sort)
+        while True:
+            rows = await self._quotes_of(wanted)
+            for row in rows[: wanted.limit]:
+                yield row
+            if len(rows) <= wanted.limit:
+                return
+            last = rows[wanted.limit - 1]
+            after = Position(last.symbol, nanoseconds(last.timestamp) + last.nanos, 0)
+            wanted = replace(wanted, after=after)
+
+    async def _quotes_of(self, wanted: Range) -> list[RealTimeQuote]:
+        """The quotes of a page, and one more if more follow."""
         argument = Arguments()
         rows = await self._fetch(f"SELECT {_COLUMNS} FROM ({_quotes(wanted, argument)}) quotes", argument)
-        return [RealTimeQuote.of(row) for row in rows[: wanted.limit]]
+        return [RealTimeQuote.of(row) for row in rows]
 
     async def get_latest_quote(self, symbol: str) -> RealTimeQuote | None:
         """The newest quote of a symbol, None if it has none.
@@ -337,6 +369,39 @@ class QuoteRepository:
         """
         spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz, fill, day_start)
         wanted = checked_range(symbols, start, end, limit, sort)
+        return (await self._bars_of(wanted, spec))[: wanted.limit]
+
+    async def iter_bars(
+        self,
+        symbols: str | Iterable[str],
+        interval: str | Interval,
+        start: Instant,
+        end: Instant,
+        *,
+        price: BarPrice = "last",
+        tz: str = "UTC",
+        day_start: str = MIDNIGHT,
+        fill: Fill = "none",
+        limit: int = 10_000,
+        sort: Sort = "asc",
+    ) -> AsyncIterator[Bar]:
+        """All bars that start in [`start`, `end`), by symbol, then by time, read in pages of `limit`.
+
+        The rest is as in `get_bars`, and the pages as in `iter_quotes`.
+        """
+        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz, fill, day_start)
+        wanted = checked_range(symbols, start, end, limit, sort)
+        while True:
+            rows = await self._bars_of(wanted, spec)
+            for row in rows[: wanted.limit]:
+                yield row
+            if len(rows) <= wanted.limit:
+                return
+            last = rows[wanted.limit - 1]
+            wanted = replace(wanted, after=Position(last.symbol, nanoseconds(last.timestamp), 0))
+
+    async def _bars_of(self, wanted: Range, spec: BarSpec) -> list[Bar]:
+        """The bars of a page, and one more if more follow."""
 
         async def work(connection: Connection) -> list[Any]:
             async def fetch(statement: str, argument: Arguments) -> list[Any]:
@@ -348,7 +413,7 @@ class QuoteRepository:
 
             return await BarReader(connection, self._sources(), wanted, spec).read(fetch, itemgetter(0))
 
-        return [Bar(*row) for row in (await self._read(work))[: wanted.limit]]
+        return [Bar(*row) for row in await self._read(work)]
 
     # --- reading: pages of JSON text ---
 
@@ -358,6 +423,41 @@ class QuoteRepository:
         argument = Arguments()
         statement = _quotes(wanted, argument)
         return await self._read(lambda connection: page(connection, statement, QUOTE, wanted, argument))
+
+    @checked
+    async def newest_quotes(self, wanted: Range) -> Page:
+        """The newest `limit_per_symbol` quotes of each symbol in a range, newest first; errors as in `get_quotes`.
+
+        Windows reach back from the newest quotes, each four times as long as the one after it, so that a read locks
+        the chunks of as many rows as it gives, wherever they lie in a range that may have no start.
+        """
+        most = wanted.limit if wanted.limit_per_symbol is None else wanted.limit_per_symbol
+
+        async def work(connection: Connection) -> Page:
+            ends = await connection.fetch(
+                "SELECT symbol, first_timestamp, timestamp FROM quotes.latest WHERE symbol = ANY($1::text[])",
+                list(wanted.symbols),
+            )
+            starts = {symbol: max(wanted.start, nanoseconds(first)) for symbol, first, _ in ends}
+            stops = {symbol: min(wanted.end, nanoseconds(last) + 1000) for symbol, _, last in ends}
+            found: dict[str, list[str]] = {symbol: [] for symbol in sorted(starts)}
+            width = _FIRST_WINDOW
+            while left := [s for s in found if len(found[s]) < most and starts[s] < stops[s]]:
+                high = max(stops[symbol] for symbol in left)
+                low = max(high - width, min(starts[symbol] for symbol in left))
+                inside = [symbol for symbol in left if stops[symbol] > low]
+                argument = Arguments()
+                window = Range(inside, low, high, most * len(inside), "desc", most)
+                statement = _quotes(window, argument)
+                for row in await row_texts(connection, statement, QUOTE, argument):
+                    if len(found[symbol_of(row)]) < most:
+                        found[symbol_of(row)].append(row)
+                for symbol in inside:
+                    stops[symbol] = low
+                width *= 4
+            return Page([row for rows in found.values() for row in rows], None)
+
+        return await self._read(work)
 
     @checked
     async def bars_page(self, wanted: Range, spec: BarSpec) -> tuple[Page, list[tuple[str, Reason]]]:

@@ -659,26 +659,33 @@ OVERVIEW: Final = (
     ),
 )  # fmt: skip
 
+# Where a range has more, its newest: a chart ends where the data end.
 _BARS: Final = """
+SELECT * FROM (
 SELECT timestamp AS "time", open::float8, high::float8, low::float8, close::float8, volume::float8
 FROM quotes.ohlc_$interval
 WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp) AND count > 0
-ORDER BY timestamp
+ORDER BY timestamp DESC
 LIMIT 20000
+) AS newest ORDER BY "time"
 """.strip()
 _VWAP: Final = """
+SELECT * FROM (
 SELECT timestamp AS "time", (turnover / nullif(volume, 0))::float8 AS vwap, close::float8, mid_close::float8 AS mid
 FROM quotes.ohlc_$interval
 WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp)
-ORDER BY timestamp
+ORDER BY timestamp DESC
 LIMIT 20000
+) AS newest ORDER BY "time"
 """.strip()
 _COUNTS: Final = """
+SELECT * FROM (
 SELECT timestamp AS "time", count::float8 AS trades, mid_count::float8 AS "quotes with both sides"
 FROM quotes.ohlc_$interval
 WHERE symbol = ${symbol:sqlstring} AND $__timeFilter(timestamp)
-ORDER BY timestamp
+ORDER BY timestamp DESC
 LIMIT 20000
+) AS newest ORDER BY "time"
 """.strip()
 _DAYS: Final = """
 SELECT timestamp AS day, open::float8, high::float8, low::float8, close::float8, volume::float8, vwap::float8,

@@ -349,6 +349,8 @@ async def test_panels_that_ask_the_database_show_its_bars(database: Database, qu
         {"symbol": symbol, "timestamp": start + timedelta(seconds=i), "price": price, "volume": 2}
         for i, price in enumerate(prices)
     ]
+    many, minutes = random_symbol(), [start + timedelta(minutes=i) for i in range(4)]
+    rows += [{"symbol": many, "timestamp": minute, "price": 1} for minute in minutes]
     await quotes.bulk_insert(rows)
     async with database.dedicated() as connection:
         if database.capability.level >= Level.COMMUNITY:
@@ -366,6 +368,11 @@ async def test_panels_that_ask_the_database_show_its_bars(database: Database, qu
             assert shown == {name: expected[name] for name in shown}
             seen += 1
         assert seen == 12
+        bounded = [query for _, query in market_queries(many, start, minutes[-1]) if "ohlc_1m" in query]
+        for query in bounded:
+            newest = await connection.fetch(query.replace("LIMIT 20000", "LIMIT 2"))
+            assert [row["time"] for row in newest] == minutes[-2:], "a chart ends where the data end"
+        assert len(bounded) == 3
         (variable,) = [v for v in dashboards()["market.json"]["templating"]["list"] if v["name"] == "symbol"]
         assert symbol in {row[0] for row in await connection.fetch(variable["query"])}
 

@@ -736,6 +736,9 @@ async def test_a_date_begins_where_its_zone_has_it(client: httpx.AsyncClient, sy
         assert bars[0]["timestamp"] == begins
     plain = await client.get(f"/v1/ohlc?symbols={symbol}&interval=1d&tz=Etc/GMT+5&start=2026-03-02&end=2026-03-03")
     assert plain.json()["bars"][0]["timestamp"] == "2026-03-02T05:00:00Z"
+    whole = {"start": "0001-01-01", "end": "9999-12-31", "tz": "Asia/Tokyo", "limit": "1"}
+    page = (await client.get("/v1/ohlc", params={**query, **whole})).json()
+    assert page["next_page_token"], "it can be told where a page goes on, though the range began before the calendar"
     last = await client.get("/v1/ohlc", params={**query, "start": "9999-12-31", "end": "9999-12-31", "tz": "Etc/GMT+5"})
     assert problem(last, 400, "invalid-request")["errors"][0]["parameter"] == "start"
 

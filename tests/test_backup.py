@@ -603,7 +603,7 @@ async def test_what_cannot_be_is_refused_by_a_sentence(store: tuple[_Cluster, st
             (("restore", tmp_path / "none.dump", "--into", url), "No such file or directory"),
             (("restore", other, "--into", url), "cannot be restored: pg_restore failed"),
             (("restore", of_another, "--into", url), "as it has no table quotes.real_time"),
-            (("restore", file, "--into", new_database(url)), "does not exist"),
+            (("restore", file, "--into", new_database(url)), "no database of the name"),
             (("restore", file, "--into", url, "--owner", "nobody_at_all"), "There is no role nobody_at_all"),
             (("restore", file, "--into", url, "--grant", "nobody_at_all"), "There is no role nobody_at_all"),
             (("restore", file, "--into", url, "--verify"), "`backup --verify` writes it"),

@@ -125,6 +125,7 @@ async def test_the_catalog_is_the_golden_one(lane: Lane, empty_url: str, retenti
     await database.connect()
     level = database.capability.level
     async with database.dedicated() as connection:
+        await connection.execute("SET search_path = public")  # by which names are shown with their schema, or without
         found = await snapshot(connection, level)
     await database.close()
     if retention and level < Level.COMMUNITY:

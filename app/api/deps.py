@@ -363,7 +363,7 @@ def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
 
 
 def instant(bound: int | date, tz: str, day_start: str) -> int:
-    """Nanoseconds since 1970 of a bound, that of a date being the start of its day in a zone, if the calendar has it."""
+    """Nanoseconds since 1970 of a bound, that of a date being the start of its day in a zone, within the calendar."""
     if isinstance(bound, int):
         return bound
     return min(max(10**9 * beginning(bound, tz, day_start), _CALENDAR[0]), _CALENDAR[1])

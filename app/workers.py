@@ -15,7 +15,6 @@ import threading
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Event
 from typing import IO, Final
 
 import structlog
@@ -70,7 +69,7 @@ class _Place:
 
 _place: Final = _Place()
 _leading: Final[list[IO[bytes]]] = []
-_refused = Event()
+_refused = threading.Event()
 
 
 def share_metrics() -> None:

@@ -287,11 +287,6 @@ END: Final = "End of the range, exclusive. Default: after all that was acknowled
 DAY_START: Final = "When days begin in `tz`, HH:MM; from 12:00 on it is on the evening before the day's date."
 #: Nanoseconds from now to the end of what may have been stored.
 JUST_TAKEN: Final = AHEAD // timedelta(microseconds=1) * 1000 + 1000
-#: First and last second of the calendar, in UTC, in nanoseconds since 1970.
-_CALENDAR: Final = (
-    nanoseconds(datetime(1, 1, 1, tzinfo=UTC)),
-    nanoseconds(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
-)
 #: Rows of a page.
 MOST_ROWS: Final = 10_000
 SYMBOLS: Final = "Symbols, separated by commas."
@@ -364,9 +359,7 @@ def resolve_symbols(symbols: Sequence[str], settings: Settings) -> list[str]:
 
 def instant(bound: int | date, tz: str, day_start: str) -> int:
     """Nanoseconds since 1970 of a bound, that of a date being the start of its day in a zone, within the calendar."""
-    if isinstance(bound, int):
-        return bound
-    return min(max(10**9 * beginning(bound, tz, day_start), _CALENDAR[0]), _CALENDAR[1])
+    return bound if isinstance(bound, int) else nanoseconds(floor(10**9 * beginning(bound, tz, day_start)))
 
 
 def check_range(start: int, end: int) -> None:

@@ -97,10 +97,16 @@ class PoolBusy(Exception):
     """All connections that a pool may have are in use, in a sentence."""
 
 
+def _of_the_driver(error: BaseException) -> BaseException:
+    """The driver's exception where SQLAlchemy has wrapped one; else the same."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig.__cause__ or error.orig
+    return error
+
+
 def translate(error: BaseException) -> QuotesError | None:
     """The error of this project that a driver's exception stands for; None for what is not the database's."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return translate(error.orig.__cause__ or error.orig)
+    error = _of_the_driver(error)
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
         if state == "53200" and "max_locks_per_transaction" in (error.hint or ""):
@@ -140,9 +146,8 @@ def in_words(error: QuotesError) -> QuotesError | None:
 
 def _count(error: BaseException) -> None:
     """Count an error of the database; whatever else passes through is not one."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        _count(error.orig.__cause__ or error.orig)
-    elif isinstance(error, PoolBusy):
+    error = _of_the_driver(error)
+    if isinstance(error, PoolBusy):
         metrics.DB_ERRORS.labels("pool").inc()
     elif isinstance(error, asyncpg.PostgresError) and error.sqlstate is not None and not connection_lost(error):
         # Forty classes at most, of the server's own.
@@ -153,9 +158,7 @@ def _count(error: BaseException) -> None:
 
 def full(error: BaseException) -> bool:
     """Whether the server, its role or its database has no connection to spare."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return full(error.orig.__cause__ or error.orig)
-    return isinstance(error, asyncpg.TooManyConnectionsError)
+    return isinstance(_of_the_driver(error), asyncpg.TooManyConnectionsError)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from app.quote.fields import NANOS
 from app.quote.terms import AHEAD
 from app.repository import rollups
 from app.repository.bars import BAR_COLUMNS, ROLLED_UP, VALUES, BarSpec, Fill, Sources
-from app.repository.ranges import ORDER, Arguments, Range, spans
+from app.repository.ranges import ENDS, ORDER, Arguments, Range, spans
 
 _T = TypeVar("_T")
 #: Edges that one statement takes, unless they lie one width apart; to make and to send 10,000 takes 15 ms.
@@ -31,7 +31,6 @@ _LONGER: Final = 8
 _FIRST_LOOK: Final = 86_400
 #: Bars that are read one by one.
 _MOST_LOOKED_UP: Final = 1000
-_ENDS: Final = "SELECT symbol, first_timestamp, timestamp FROM quotes.latest WHERE symbol = ANY($1::text[])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ class BarReader:
         """The parts without what lies before the first and after the last quote; with gaps to fill, after now."""
         grid, floor = self._spec.grid, self._sources.floor
         now = _seconds(datetime.now(UTC) + AHEAD)
-        rows = await self._connection.fetch(_ENDS, list(left))
+        rows = await self._connection.fetch(ENDS, list(left))
         ends = {symbol: (_seconds(first), _seconds(last)) for symbol, first, last in rows}
         if floor is not None:  # bars outlive their quotes
             ends = {symbol: (EARLIEST, max(ends.get(symbol, (0, EARLIEST))[1], _seconds(floor))) for symbol in left}

@@ -43,6 +43,7 @@ from app.repository.bar_pages import BarReader
 from app.repository.bars import Bar, BarPrice, BarSpec, Fill, Reason
 from app.repository.ingest import Attempt, Ingest, Write
 from app.repository.ranges import (
+    ENDS,
     Arguments,
     Page,
     Position,
@@ -367,7 +368,7 @@ class QuoteRepository:
             QueryTimeout: the statement ran over its time.
             DatabaseUnavailable: the database cannot be reached.
         """
-        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz, fill, day_start)
+        spec = BarSpec(_interval(interval), price, tz, fill, day_start)
         wanted = checked_range(symbols, start, end, limit, sort)
         return (await self._bars_of(wanted, spec))[: wanted.limit]
 
@@ -389,7 +390,7 @@ class QuoteRepository:
 
         The rest is as in `get_bars`, and the pages as in `iter_quotes`.
         """
-        spec = BarSpec(Interval.parse(interval) if isinstance(interval, str) else interval, price, tz, fill, day_start)
+        spec = BarSpec(_interval(interval), price, tz, fill, day_start)
         wanted = checked_range(symbols, start, end, limit, sort)
         while True:
             rows = await self._bars_of(wanted, spec)
@@ -434,10 +435,7 @@ class QuoteRepository:
         most = wanted.limit if wanted.limit_per_symbol is None else wanted.limit_per_symbol
 
         async def work(connection: Connection) -> Page:
-            ends = await connection.fetch(
-                "SELECT symbol, first_timestamp, timestamp FROM quotes.latest WHERE symbol = ANY($1::text[])",
-                list(wanted.symbols),
-            )
+            ends = await connection.fetch(ENDS, list(wanted.symbols))
             starts = {symbol: max(wanted.start, nanoseconds(first)) for symbol, first, _ in ends}
             stops = {symbol: min(wanted.end, nanoseconds(last) + 1000) for symbol, _, last in ends}
             found: dict[str, list[str]] = {symbol: [] for symbol in sorted(starts)}
@@ -533,6 +531,10 @@ class QuoteRepository:
 
     async def _read(self, work: Work[T]) -> T:
         return await self._database.read(work, self._consistency)
+
+
+def _interval(given: str | Interval) -> Interval:
+    return Interval.parse(given) if isinstance(given, str) else given
 
 
 async def _require_known(database: Database) -> None:

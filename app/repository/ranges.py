@@ -24,6 +24,8 @@ from app.quote.terms import check_choice
 
 Sort = Literal["asc", "desc"]
 #: In a statement stands the word from here, never the one that was given.
+#: Of named symbols the times of their first and last quotes.
+ENDS: Final = "SELECT symbol, first_timestamp, timestamp FROM quotes.latest WHERE symbol = ANY($1::text[])"
 ORDER: Final[Mapping[str, str]] = MappingProxyType({"asc": "ASC", "desc": "DESC"})
 #: One more, as is asked for to see whether there are more, still fits into an integer of SQL.
 _MOST_ROWS: Final = 2**31 - 2

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import string
 import subprocess
@@ -19,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -280,13 +279,6 @@ class Service:
         raise AssertionError(f"the service is not ready:\n{self.log.read_text()}")
 
 
-def tell(number: signal.Signals, pids: Iterable[int]) -> None:
-    """Send a signal to processes, some of which may have ended by themselves."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as probe:
@@ -378,6 +370,16 @@ async def until_true(connection: Connection, query: str) -> None:
     async with asyncio.timeout(30):
         while not await connection.fetchval(query):  # noqa: ASYNC110  what is waited for happens in a database
             await asyncio.sleep(0.01)
+
+
+async def run(url: str, *statements: str) -> None:
+    """Run statements in a session of their own, each in a transaction of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
 
 
 async def patiently(connection: Connection, statement: str) -> None:

@@ -30,7 +30,7 @@ from app.repository.quotes import QuoteRepository
 from app.repository.storage import StorageRepository
 from app.repository.system import ClockDifference, Observation, SystemRepository
 from app.settings import Settings
-from tests.conftest import Lane, free_port, random_symbol, running
+from tests.conftest import Lane, free_port, random_symbol, run, running
 from tests.proxy import proxy
 from tests.test_embedded import small_volume
 from tests.test_service import command
@@ -285,15 +285,6 @@ async def seen_by(url: str, lane: Lane, **settings: Any) -> Report:
         return await Health(SystemRepository(database), given, head()).report()
     finally:
         await database.close()
-
-
-async def run(url: str, *statements: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 async def test_versions_are_named_as_found_and_as_wanted(lane: Lane, database: Database) -> None:

@@ -23,7 +23,8 @@ from app.main import create_app
 from app.metrics import REGISTRY
 from app.repository.system import SystemRepository
 from app.settings import Settings
-from tests.conftest import random_symbol, running, tell
+from tests.chaos.victims import signal_to
+from tests.conftest import random_symbol, running
 from tests.test_replicas import Client, _writes, connected, crash, primary_of_its_own, standby_of, within
 
 NAMES = ("db1", "db2", "db3")
@@ -433,14 +434,14 @@ async def test_what_was_acknowledged_outlives_its_primary(shared_dir: Path, sync
             async with connected(one) as admin:
                 rows = await admin.fetch("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
             frozen = processes(one, [row[0] for row in rows])
-            tell(signal.SIGSTOP, frozen)
+            signal_to(frozen, signal.SIGSTOP)
             hung = time.monotonic()
             await asyncio.sleep(2)
             promoting = time.monotonic()
             await asyncio.to_thread(promote, two)
             await asyncio.gather(*(feed.wait(50) for feed in feeds))
             first = min(at for feed in feeds for at, _ in feed.acknowledged if at > promoting)
-            tell(signal.SIGCONT, frozen)
+            signal_to(frozen, signal.SIGCONT)
             # Two take writes: a new process goes where the others are.
             assert await reached(one, two, third) == two.socket
             await asyncio.gather(*(feed.wait(50) for feed in feeds))

@@ -26,7 +26,7 @@ from app.quote.fields import COLUMNS, PRICES, SIZES
 from app.repository.quotes import QuoteRepository
 from app.repository.system import SystemRepository
 from app.settings import Settings
-from tests.conftest import Lane, random_symbol
+from tests.conftest import Lane, random_symbol, run
 
 CATALOG = """
 SELECT 'relation', n.nspname || '.' || c.relname, c.relkind::text FROM pg_class c
@@ -47,15 +47,6 @@ ORDER BY 1, 2
 
 
 REVISION = "SELECT version_num FROM quotes.alembic_version"
-
-
-async def run(url: str, *statements: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 async def ask(url: str, query: str) -> Any:

@@ -23,7 +23,8 @@ from app.errors import DatabaseUnavailable
 from app.main import create_app
 from app.metrics import REGISTRY
 from app.settings import Settings
-from tests.conftest import random_symbol, running, tell
+from tests.chaos.victims import signal_to
+from tests.conftest import random_symbol, running
 
 LAG = 3.0
 NOON = "2026-11-16T12:00:00Z"
@@ -367,7 +368,7 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
             async with connected(pair.primary) as primary:
                 rows = await primary.fetch("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
             frozen = [postmaster, *(row[0] for row in rows)]
-            tell(signal.SIGSTOP, frozen)
+            signal_to(frozen, signal.SIGSTOP)
             try:
                 hung = time.monotonic()
                 waiting = asyncio.create_task(client.write(2))
@@ -381,7 +382,7 @@ async def test_failover_from_a_primary_that_hangs(shared_dir: Path) -> None:
                 assert await client.price("strong") == last
                 await within(5, lambda: _is(client, last))
             finally:
-                tell(signal.SIGCONT, frozen)
+                signal_to(frozen, signal.SIGCONT)
 
 
 async def test_a_read_that_needs_a_new_connection_to_a_server_that_hangs(shared_dir: Path) -> None:

@@ -26,7 +26,8 @@ from app.main import create_app
 from app.repository import storage
 from app.repository.storage import StorageRepository
 from app.settings import Settings
-from tests.conftest import random_symbol, running, tell
+from tests.chaos.victims import signal_to
+from tests.conftest import random_symbol, running
 from tests.proxy import Proxy, proxy
 from tests.test_replicas import primary_of_its_own, standby_of, within
 
@@ -71,11 +72,11 @@ def processes(cluster: _Cluster) -> list[int]:
 def halted(cluster: _Cluster) -> Iterator[None]:
     """A server of which no process runs."""
     stopped = processes(cluster)
-    tell(signal.SIGSTOP, stopped)
+    signal_to(stopped, signal.SIGSTOP)
     try:
         yield
     finally:
-        tell(signal.SIGCONT, stopped)
+        signal_to(stopped, signal.SIGCONT)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from app.db.failures import PoolBusy
 from app.db.migrate import migrate
 from app.db.turns import Turns
 from app.main import create_app
-from tests.conftest import Lane, random_symbol, running
-from tests.test_health import GRANTS, run
+from tests.conftest import Lane, random_symbol, run, running
+from tests.test_health import GRANTS
 
 pytestmark = pytest.mark.concurrent
 
